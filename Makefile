@@ -1,0 +1,37 @@
+# The commands of this project. `make demo` and `make test` need nothing but Python >= 3.11 on Linux.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# DALI for the machine's NVIDIA driver: CUDA 13 wants 580 or newer; without a GPU either decodes on the CPU.
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1 | cut -d. -f1)
+DALI := $(if $(DRIVER),$(if $(filter 1,$(shell expr $(DRIVER) \>= 580)),dali-cu13,dali-cu12),dali-cu13)
+INSTALLED := $(VENV)/installed
+
+.PHONY: setup demo test lint format clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; say which: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install -c constraints.txt -e '.[$(DALI),dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python launch/demo.py demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,34 @@
+"""Pretrains MixMIM: `deepspeed launch/pretrain.py data.root=DIR run_dir=DIR [key=value ...]`."""
+
+import argparse
+import sys
+from dataclasses import asdict
+
+from omegaconf import OmegaConf
+
+from mixmim_ds.config import load_config
+from mixmim_ds.train.distributed import rank_before_connecting
+from mixmim_ds.train.pretrain import pretrain
+
+
+def main() -> int:
+    """Reads the command line and runs; a user's mistake ends in one line of rank 0 and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Options: mixmim_ds/config.py, launch/conf/.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +experiment=NAME a recipe")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; we read LOCAL_RANK
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.overrides)
+        if arguments.cfg:
+            print(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+            return 0
+        return pretrain(config)
+    except ValueError as error:
+        if rank_before_connecting() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""The options of a pretraining run: their names, types, defaults and checks (Hydra's schema)."""
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "launch" / "conf"
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ValueError(sentence)
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{option}={value} must be one of {', '.join(choices)}.")
+
+
+def _positive(section: str, options: Any, names: str) -> None:
+    for name in names.split():
+        value = getattr(options, name)
+        _require(value > 0, f"{section}.{name}={value} must be positive.")
+
+
+@dataclass
+class ModelConfig:
+    """The pretraining model; the decoder is the paper's for every encoder."""
+
+    encoder: str = "mixmim_base"
+    img_size: int = 224
+    mask_ratio: float = 0.5
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    norm_pix_loss: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "img_size decoder_dim decoder_depth decoder_num_heads")
+        _require(0 < self.mask_ratio < 1, f"model.mask_ratio={self.mask_ratio} must lie between 0 and 1.")
+        _require(
+            self.decoder_dim % self.decoder_num_heads == 0 and self.decoder_dim % 4 == 0,
+            f"model.decoder_dim={self.decoder_dim} must be a multiple of 4 and of model.decoder_num_heads="
+            f"{self.decoder_num_heads}.",
+        )
+
+
+@dataclass
+class DataConfig:
+    """The images and how they are cut; what follows from them is computed from (train.seed, step)."""
+
+    kind: str = "folder"  # folder: image files at any depth of `root`; synthetic: random pixels, for benchmarks
+    root: str | None = None
+    index_dir: str = "~/.cache/mixmim_ds"  # where found images are remembered; every node must see it
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height
+    flip: bool = True
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # of pixels in 0..1
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    threads: int = 0  # CPU threads that decode, per process; 0 = its share of the cores given to this job
+    prefetch: int = 3  # micro-batches decoded ahead; 1 would leave the GPU waiting
+    synthetic_images: int = 1_281_167  # size of the epoch of data=synthetic
+
+    def __post_init__(self) -> None:
+        _one_of("data.kind", self.kind, ("folder", "synthetic"))
+        _positive("data", self, "prefetch synthetic_images")
+        _require(self.threads >= 0, f"data.threads={self.threads} must be 0 (automatic) or a number of threads.")
+        for name in ("crop_scale", "crop_ratio"):
+            ends = getattr(self, name)
+            ordered = len(ends) == 2 and 0 < ends[0] <= ends[1]
+            _require(ordered, f"data.{name}={ends} must be two positive numbers, the smaller first.")
+        _require(self.crop_scale[1] <= 1, f"data.crop_scale={self.crop_scale} must not exceed 1, the whole image.")
+
+
+@dataclass
+class TrainConfig:
+    """How long, how many at once, and what is written when."""
+
+    epochs: int = 300
+    max_steps: int | None = None  # end here, early; the schedule stays that of `epochs`
+    global_batch: int = 2048  # images of one optimizer step, over all GPUs
+    micro_batch: int = 128  # images of one forward pass on one GPU
+    seed: int = 0
+    log_every: int = 20  # steps, as all that follow
+    save_every: int = 1000
+    keep_last: int = 2  # rolling checkpoints that stay
+    keep_every: int = 0  # checkpoints of these steps stay for ever; 0 = none
+    picture_every: int = 1000  # reconstructions into TensorBoard; 0 = none
+    start_timeout_s: int = 1800  # until the first step is done (indexing, compiling)
+    step_timeout_s: int = 600  # a collective that takes longer means that a rank is dead
+
+    def __post_init__(self) -> None:
+        _positive("train", self, "epochs global_batch micro_batch log_every save_every start_timeout_s step_timeout_s")
+        _require(self.max_steps is None or self.max_steps > 0, f"train.max_steps={self.max_steps} must be positive.")
+        _require(
+            self.micro_batch % 2 == 0,
+            f"train.micro_batch={self.micro_batch} must be even: images are mixed in pairs.",
+        )
+        _require(
+            self.global_batch % self.micro_batch == 0,
+            f"train.global_batch={self.global_batch} must be a multiple of train.micro_batch={self.micro_batch}.",
+        )
+        _require(0 <= self.seed < 2**63, f"train.seed={self.seed} must lie in 0 .. 2^63-1.")
+        _require(self.keep_last >= 2, f"train.keep_last={self.keep_last} must be at least 2; the newest may be damaged")
+        _require(
+            self.keep_every >= 0 and self.keep_every % self.save_every == 0,
+            f"train.keep_every={self.keep_every} must be 0 or a multiple of train.save_every={self.save_every}.",
+        )
+        _require(self.picture_every >= 0, f"train.picture_every={self.picture_every} must be 0 (none) or positive.")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up from 0, then half a cosine to min_lr."""
+
+    base_lr: float = 1.5e-4  # per 256 images: lr = base_lr * train.global_batch / 256
+    min_lr: float = 0.0
+    warmup_epochs: float = 40
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip_grad: float | None = None  # largest norm of the whole gradient
+
+    def __post_init__(self) -> None:
+        _positive("optim", self, "base_lr")
+        for name in ("min_lr", "warmup_epochs", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative.")
+        _require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas={self.betas} must be two numbers in [0, 1).",
+        )
+        _require(
+            self.clip_grad is None or self.clip_grad > 0,
+            f"optim.clip_grad={self.clip_grad} must be positive, or null for no clipping.",
+        )
+
+
+@dataclass
+class RunConfig:
+    """Everything that a pretraining run is, but for the engine's mechanics in `ds`."""
+
+    run_dir: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ds: str = "zero1"  # a file of ds_configs/, or a path to another
+    precision: str = "bf16"  # bf16 and fp16 keep fp32 masters in the optimizer
+    compile: bool = False
+    activation_checkpointing: str = "none"  # selective keeps the matrix products, full keeps block inputs only
+
+    def __post_init__(self) -> None:
+        _require(
+            self.data.kind == "synthetic" or bool(self.data.root),
+            "data.root is not set; add data.root=DIR, the folder that holds the images.",
+        )
+        _require(
+            self.data.kind == "folder" or not self.data.root,
+            "data.root has no effect with data=synthetic; remove it.",
+        )
+        _one_of("precision", self.precision, ("bf16", "fp32", "fp16"))
+        _one_of("activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
+        _require(
+            self.ds_path.is_file(),
+            f"ds={self.ds} is no DeepSpeed config; choose one of "
+            f"{', '.join(sorted(path.stem for path in (ROOT / 'ds_configs').glob('*.json')))} or give a path.",
+        )
+
+    @property
+    def ds_path(self) -> Path:
+        """The JSON file that `ds` names."""
+        return Path(self.ds) if self.ds.endswith(".json") else ROOT / "ds_configs" / f"{self.ds}.json"
+
+
+# What may change between two starts of one run: where it runs and what it writes, never what it computes. A data set
+# may move: its fingerprint is compared instead of its path.
+FREE = {
+    "run_dir", "ds", "compile", "activation_checkpointing",
+    "data.root", "data.index_dir", "data.threads", "data.prefetch",
+    "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
+    "train.picture_every", "train.start_timeout_s", "train.step_timeout_s",
+}  # fmt: skip
+
+
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted name: {"train": {"seed": 0}} -> {"train.seed": 0}."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The options that decide what a run computes; a run folder holds one value of each."""
+    return {name: value for name, value in flatten(asdict(config)).items() if name not in FREE}
+
+
+def load_config(overrides: list[str]) -> RunConfig:
+    """Hydra's composition of launch/conf and `key=value` overrides.
+
+    Raises:
+        ValueError: one sentence that names the option, for whatever Hydra or a check refuses.
+    """
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config: Any = OmegaConf.to_object(compose("pretrain", overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error)) from error
+    return config
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's complaint of several lines, as one sentence that names the option."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not of the form key=value (quote values that hold = or a comma)."
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if unknown:
+        schema: Any = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+        near = difflib.get_close_matches(unknown[1], [*flatten(schema), "model", "data"], 1, 0.5)
+        return f"{unknown[1]} is no option" + (f"; did you mean {near[0]}?" if near else ".")
+    group = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if group:
+        choices = sorted(path.stem for path in (CONF / group[1]).glob("*.yaml"))
+        return f"{group[1]}={group[2]} must be one of {', '.join(choices)}."
+    missing = re.match(r"Structured config of type `\w+` has missing mandatory value: (\w+)", text)
+    if missing:
+        return f"{missing[1]} is not set; add {missing[1]}=DIR, the folder that the run is kept in."
+    cause = str(error.__cause__ or error)
+    key = re.search(r"full_key: (\S+)", cause)
+    return f"{key[1]}: {cause.splitlines()[0].rstrip('.')}." if key else text

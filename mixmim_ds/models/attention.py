@@ -1,0 +1,66 @@
+"""Windowed attention with a learned relative position bias, kept inside the tokens of one image.
+
+Shapes: B images, H x W grid of tokens, C channels, G windows, N tokens of a window, K heads of D = C / K channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.layers.pos_embed_rel import gen_relative_position_index
+from torch import Tensor, nn
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows that do not overlap (Swin, arXiv 2103.14030, without its shifts).
+
+    Args:
+        dim: C, a multiple of num_heads.
+        num_heads: K.
+        window: rows and columns of a window; the grid is a multiple of both.
+        attn_drop: dropout rate of the attention weights.
+        proj_drop: dropout rate of the output.
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self, dim: int, num_heads: int, window: tuple[int, int], attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.window = window
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer("relative_position_index", gen_relative_position_index(window), persistent=False)
+
+    def bias(self, windows: int, same_image: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What is added to the attention's logits, [G*K, N, N]: the position bias, -inf between two images."""
+        tokens = self.window[0] * self.window[1]
+        bias = self.relative_position_bias_table.to(dtype)[self.relative_position_index.flatten()]
+        bias = bias.reshape(tokens, tokens, self.num_heads).permute(2, 0, 1).expand(windows, -1, -1, -1)
+        if same_image is not None:
+            bias = bias.masked_fill(~same_image[:, None], float("-inf"))
+        return bias.reshape(windows * self.num_heads, tokens, tokens)
+
+    def forward(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
+        """x [B, H, W, C] -> [B, H, W, C]; same_image bool [G, N, N]: which pairs may attend, None = all."""
+        batch, height, width, dim = x.shape
+        win_h, win_w = self.window
+        rows, columns = height // win_h, width // win_w
+        heads, head_dim = self.num_heads, self.head_dim
+        # The windows stand beside the heads, not in the batch: so one bias serves every image without being copied,
+        # and cutting the windows costs the one copy that splitting the heads costs anyway.
+        qkv = self.qkv(x).reshape(batch, rows, win_h, columns, win_w, 3, heads, head_dim)
+        qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, batch, rows * columns * heads, win_h * win_w, head_dim).unbind(0)
+        bias = self.bias(rows * columns, same_image, q.dtype)
+        dropout = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        x = x.reshape(batch, rows, columns, heads, win_h, win_w, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
+        return self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))

@@ -1,0 +1,152 @@
+"""The MixMIM pretraining model: mix, encode, unmix, decode, reconstruct both images (arXiv 2205.13137, section 3).
+
+Shapes: B images (even), L cells of 32 x 32 pixels, D channels of the decoder, P = 32 * 32 * 3 values of a cell.
+"""
+
+from typing import cast
+
+import timm
+import torch
+from timm.layers import to_2tuple, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mixmim_ds.models import masking
+from mixmim_ds.models.encoder import CELL, MixMIMTransformer, init_weights, sincos_table
+from mixmim_ds.models.recompute import recompute
+
+
+class DecoderBlock(Block):
+    """timm's ViT block, [B, L, D] -> [B, L, D], with activation checkpointing by option."""
+
+    grad_checkpointing: bool = False
+    selective: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return recompute(super().forward, self.selective, x)
+        return super().forward(x)
+
+
+def patchify(images: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, L, P]; cells in row-major order, the values of a cell ordered row, column, channel."""
+    batch, channels, height, width = images.shape
+    cells = images.reshape(batch, channels, height // CELL, CELL, width // CELL, CELL)
+    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, CELL * CELL * channels)
+
+
+def unpatchify(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: [B, L, P] -> [B, 3, H, W] for a grid of (H/32, W/32) cells."""
+    images = cells.reshape(cells.shape[0], *grid, CELL, CELL, -1)
+    return images.permute(0, 5, 1, 3, 2, 4).reshape(cells.shape[0], -1, grid[0] * CELL, grid[1] * CELL)
+
+
+def normalise(cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each cell to mean 0 and (unbiased) variance 1: the cells [B, L, P], their means and deviations [B, L, 1]."""
+    mean = cells.mean(dim=-1, keepdim=True)
+    deviation = (cells.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return (cells - mean) / deviation, mean, deviation
+
+
+class MixMIM(nn.Module):
+    """Encoder, decoder and loss.
+
+    Args:
+        encoder: name of a registered MixMIM encoder.
+        img_size: pixels; None = the encoder's own.
+        decoder_dim, decoder_depth, decoder_num_heads: of the decoder, the same for all encoders of the paper.
+        norm_pix_loss: reconstruct cells normalised to mean 0 and variance 1, rather than pixels.
+
+    Raises:
+        ValueError: the encoder is none of ours or does not fit the image size.
+    """
+
+    decoder_pos_embed: Tensor
+
+    def __init__(
+        self,
+        encoder: str = "mixmim_base",
+        img_size: int | tuple[int, int] | None = None,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        super().__init__()
+        if encoder not in timm.list_models("mixmim_*"):
+            known = ", ".join(timm.list_models("mixmim_*"))
+            raise ValueError(f"model.encoder={encoder} is no MixMIM encoder; choose one of {known}.")
+        size = {} if img_size is None else {"img_size": img_size}
+        self.encoder: MixMIMTransformer = timm.create_model(encoder, num_classes=0, **size)
+        self.norm_pix_loss = norm_pix_loss
+        height, width = to_2tuple(self.encoder.patch_embed.img_size)
+        self.grid = (height // CELL, width // CELL)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.register_buffer("decoder_pos_embed", sincos_table(*self.grid, decoder_dim))
+        self.decoder_embed = nn.Linear(self.encoder.num_features, decoder_dim)
+        decoder_blocks = nn.ModuleList(
+            DecoderBlock(decoder_dim, decoder_num_heads, qkv_bias=True, norm_layer=nn.LayerNorm)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_blocks = cast(list[DecoderBlock], decoder_blocks)
+        self.decoder_norm = nn.LayerNorm(decoder_dim)
+        self.decoder_pred = nn.Linear(decoder_dim, CELL * CELL * 3)
+        for part in (self.decoder_embed, decoder_blocks, self.decoder_norm, self.decoder_pred):
+            part.apply(init_weights)
+        trunc_normal_(self.mask_token, std=0.02)
+
+    def set_grad_checkpointing(self, enable: bool = True, selective: bool = False) -> None:
+        """Recompute the blocks of encoder and decoder in the backward pass."""
+        self.encoder.set_grad_checkpointing(enable, selective)
+        for block in self.decoder_blocks:
+            block.grad_checkpointing, block.selective = enable, selective
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, encoder first: what is compiled or wrapped one by one."""
+        return [*(block for stage in self.encoder.layers for block in stage.blocks), *self.decoder_blocks]
+
+    def decode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Features of the mixed images [B, L, 8E] -> every image's cells as predicted where masked [B, L, P]."""
+        x = self.decoder_embed(tokens)
+        sequences = masking.split(x, mask, self.mask_token.to(x.dtype))
+        x = torch.cat(sequences) + self.decoder_pos_embed.to(x.dtype)
+        for block in self.decoder_blocks:
+            x = block(x)
+        # Of the two predictions for a place only the one that did not see it counts; norm and projection are per
+        # token, so choosing before them gives the same and halves their work.
+        without_masked, without_visible = x.chunk(2)
+        return self.decoder_pred(self.decoder_norm(masking.choose(without_masked, without_visible, mask)))
+
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Dual reconstruction of a micro-batch.
+
+        Args:
+            images: [B, 3, H, W], B even; float, normalised as the encoder's pretrained_cfg says.
+            mask: bool [H/32, W/32], True = taken from image B-1-i.
+
+        Returns:
+            loss: float32 (or float64) scalar, mean squared error over all cells of all images.
+            prediction: [B, L, P], the cells of every image as reconstructed where they were masked.
+
+        Raises:
+            ValueError: B is odd (the middle image would be mixed with itself) or the mask does not fit the images.
+        """
+        if images.shape[0] % 2:
+            raise ValueError(f"a micro-batch of {images.shape[0]} images cannot be paired; it must be even.")
+        if tuple(mask.shape) != self.grid:
+            raise ValueError(f"the mask is {tuple(mask.shape)}, the images have {self.grid} cells of {CELL} pixels.")
+        mixed = masking.mix(images, mask).to(self.mask_token.dtype)
+        prediction = self.decode(self.encoder.forward_features(mixed, mask).flatten(1, 2), mask)
+        exact = torch.promote_types(images.dtype, torch.float32)
+        target = patchify(images.to(exact))
+        if self.norm_pix_loss:
+            target = normalise(target)[0]
+        return (prediction.to(exact) - target).square().mean(), prediction
+
+    def flops_per_image(self) -> int:
+        """Floating-point operations (2 per multiply-accumulate) of one image's forward pass, as the method states it:
+        full windows, two decoder sequences per image. A training step takes three times that."""
+        cells, dim = self.grid[0] * self.grid[1], self.decoder_embed.out_features
+        block = 12 * dim * dim + 2 * cells * dim
+        sequence = cells * (len(self.decoder_blocks) * block + dim * self.decoder_pred.out_features)
+        return 2 * (self.encoder.macs() + cells * self.encoder.num_features * dim + 2 * sequence)

@@ -1,0 +1,144 @@
+"""The processes of a run: who they are, how they meet, agree to stop and part."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+try:
+    from torch.distributed import set_timeout
+except ImportError:  # torch before it became public
+    from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
+
+EXIT_REQUEUE = 85  # stopped on request with everything saved
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup  # gloo: what the hosts tell each other never waits for a GPU
+
+    @property
+    def first(self) -> bool:
+        """The rank that writes what is written once."""
+        return self.rank == 0
+
+
+def rank_before_connecting() -> int:
+    """This process's rank as its launcher announced it; 0 for a single process."""
+    return int(os.environ.get("RANK", 0))
+
+
+def connect(timeout_s: int) -> World:
+    """Meets the other processes, as started by `deepspeed`, `torchrun`, or alone.
+
+    Args:
+        timeout_s: seconds that a collective may take; `shorten_timeout` changes it once training runs.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    local_rank = int(os.environ["LOCAL_RANK"])
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"{local_rank + 1} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+            "start one per GPU (deepspeed --num_gpus N)."
+        )
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(share_of_cores())
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    control: Any = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def share_of_cores() -> int:
+    """This process's part of the cores that the job may use on this node."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // local)
+
+
+def shorten_timeout(world: World, timeout_s: int) -> None:
+    """From the first finished step on a collective is quick: one that is not means that a rank is dead."""
+    for group in (dist.group.WORLD, world.control):
+        set_timeout(timedelta(seconds=timeout_s), group)
+
+
+def disconnect() -> None:
+    """Parts; without it a process that is done can end with an error code."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_first_rank(world: World, function: Callable[[], Any]) -> Any:
+    """Calls `function` on rank 0 alone; every rank gets its result, or the ValueError that it raised."""
+    answer: list[Any] = [None, None]
+    if world.first:
+        try:
+            answer[0] = function()
+        except (ValueError, OSError) as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0, group=world.control)
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return answer[0]
+
+
+def mean_over_ranks(world: World, value: float) -> float:
+    """The mean of one number of every rank."""
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total, group=world.control)
+    return total.item() / world.size
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR1 on any rank becomes a stop of all ranks after the same step.
+
+    The agreement runs on the hosts while the next step computes, so it costs no time; a stop takes effect one step
+    after the signal.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.signals = 0
+        self.pending: tuple[torch.Tensor, dist.Work] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signals += 1
+
+    def agreed(self) -> bool:
+        """Whether any rank had been asked to stop when this was called last; call it once a step on every rank."""
+        stop = self.settle()
+        flag = torch.tensor(self.signals)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+        self.pending = (flag, work)
+        return stop
+
+    def settle(self) -> bool:
+        """Finishes the agreement under way; True if it says stop."""
+        if self.pending is None:
+            return False
+        flag, work = self.pending
+        work.wait()
+        self.pending = None
+        return bool(flag.item())

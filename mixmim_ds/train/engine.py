@@ -1,0 +1,117 @@
+"""The one place that wraps the model: activation checkpointing, then torch.compile, then DeepSpeed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from mixmim_ds.config import RunConfig
+from mixmim_ds.models import MixMIM
+from mixmim_ds.train.distributed import World
+from mixmim_ds.train.optim import parameter_groups
+
+# DeepSpeed ignores unknown top-level keys without a word, so a typo would pass for a setting.
+MECHANICS = {
+    "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
+    "flops_profiler", "aio", "dump_state",
+}  # fmt: skip
+HYDRA_OWNED = {
+    "train_batch_size": "train.global_batch", "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optim.clip_grad", "optimizer": "optim", "scheduler": "optim",
+    "bf16": "precision", "fp16": "precision", "torch_autocast": "precision", "amp": "precision",
+    "data_types": "precision", "activation_checkpointing": "activation_checkpointing", "compile": "compile",
+    "steps_per_print": "train.log_every", "tensorboard": "train.log_every", "checkpoint": "train.save_every",
+}  # fmt: skip
+
+
+def accumulation(config: RunConfig, processes: int) -> int:
+    """Micro-batches of a step on each process. ValueError if the global batch does not divide."""
+    train = config.train
+    turns, rest = divmod(train.global_batch, train.micro_batch * processes)
+    if rest or not turns:
+        raise ValueError(
+            f"train.global_batch={train.global_batch} is no multiple of train.micro_batch={train.micro_batch} x "
+            f"{processes} processes; change one of them."
+        )
+    return turns
+
+
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage of the file that `ds` names. ValueError if it is not 1, 2 or 3."""
+    stage = _mechanics(config.ds_path).get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"ds={config.ds} must set zero_optimization.stage to 1, 2 or 3; stage 0 takes a false first step in bf16."
+        )
+    return stage
+
+
+def _mechanics(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"ds: {path} is no valid JSON ({error}).") from error
+    for key in settings:
+        if key in HYDRA_OWNED:
+            raise ValueError(f"ds: {path} sets {key}, which belongs to the option {HYDRA_OWNED[key]}; take it out.")
+        if key not in MECHANICS:
+            raise ValueError(f"ds: {path} sets {key}, which DeepSpeed would ignore; take it out or correct it.")
+    return settings
+
+
+def engine_config(config: RunConfig, processes: int) -> dict[str, Any]:
+    """The engine's mechanics from ds_configs/ joined with the run's own options, each of which has one owner.
+
+    Raises:
+        ValueError: a setting of the JSON is unknown or owned by Hydra, or two options do not go together.
+    """
+    if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ValueError("precision=fp16 is not supported by this device; use bf16 or fp32.")
+    if zero_stage(config) == 3 and config.compile:
+        raise ValueError("compile=true does not go with ZeRO-3, whose hooks break every graph; use ds=zero1 or zero2.")
+    joined = {
+        **_mechanics(config.ds_path),
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        # Truthful: ZeRO keeps only the last of several backward passes where it is told of one.
+        "gradient_accumulation_steps": accumulation(config, processes),
+        "gradient_clipping": config.optim.clip_grad or 0.0,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31 - 1,
+    }
+    if config.precision != "fp32":
+        joined[config.precision] = {"enabled": True}
+    return joined
+
+
+def build_engine(config: RunConfig, model: MixMIM, world: World) -> DeepSpeedEngine:
+    """Wraps the model for training under ZeRO with AdamW (torch's fused one: it needs no compiler)."""
+    mode = config.activation_checkpointing
+    model.set_grad_checkpointing(mode != "none", selective=mode == "selective")
+    if config.compile:
+        for block in model.blocks():
+            block.compile()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optim.weight_decay),
+        lr=config.optim.base_lr,
+        betas=(config.optim.betas[0], config.optim.betas[1]),
+        fused=True,
+    )
+    # Gloo alone serves the CPU: DeepSpeed's own all-reduce there wants a C++ compiler and never frees its memory.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=model.to(world.device), optimizer=optimizer, config=engine_config(config, world.size)
+    )
+    return engine
+
+
+def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
+    """Writes the learning rate of the next update into the groups that the engine steps with."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,341 @@
+"""The plan: the same for any number of ranks, fair to every image, distributed as what it stands for."""
+
+import timeit
+import warnings
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2, chisquare, ks_2samp
+from torchvision.transforms import RandomResizedCrop
+
+from mixmim_ds.data.plan import (
+    CROP,
+    FLIP,
+    MASK,
+    ORDER,
+    Plan,
+    bits,
+    mask_at,
+    order_at,
+    splitmix64,
+    uniform,
+    windows_at,
+)
+
+# Seeds are fixed, so a statistical test has one outcome for ever. A correct distribution fails it with this
+# probability, once, when the code changes; the defects it is there for lead to p-values far below.
+UNLIKELY = 1e-3
+
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
+
+
+def plan(images: int = 100, global_batch: int = 24, micro_batch: int = 4, seed: int = 7, **options: Any) -> Plan:
+    sizes = np.broadcast_to(np.array([[375, 500]], np.int32), (images, 2))
+    return Plan(seed, sizes, global_batch, micro_batch, (7, 7), **options)
+
+
+@cache
+def orders(count: int, epochs: int, seed: int = 0) -> np.ndarray:
+    """The whole orders of many epochs, [epochs, count]."""
+    return np.array([order_at(seed, epoch, np.arange(count), count) for epoch in range(epochs)])
+
+
+# The generator
+
+
+def test_splitmix64_gives_the_published_sequence():
+    # First outputs of splitmix64.c for the seed 1234567, as published on rosettacode.org ("Splitmix64").
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert splitmix64(np.uint64(1234567), np.arange(5, dtype=np.uint64)).tolist() == published
+
+
+def test_bits_chain_over_counters_and_broadcast():
+    table = bits(3, CROP, np.arange(4)[:, None], np.arange(5))
+    assert table.shape == (4, 5) and table.dtype == np.uint64
+    assert table[2, 3] == bits(3, CROP, 2, 3) == splitmix64(bits(3, CROP, 2), np.uint64(3))
+    grid = np.arange(50)[:, None], np.arange(50)
+    everything = np.concatenate([bits(seed, stream, *grid) for seed in (0, 1) for stream in (ORDER, CROP, FLIP, MASK)])
+    assert len(np.unique(everything)) == everything.size
+
+
+def test_uniform_is_uniform_and_below_one():
+    draws = uniform(0, CROP, np.arange(100_000))
+    assert draws.min() >= 0 and draws.max() < 1
+    assert chisquare(np.bincount((draws * 100).astype(int), minlength=100)).pvalue > UNLIKELY
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_beyond_64_bits_are_refused(seed: int):
+    for use in (lambda: plan(seed=seed), lambda: mask_at(seed, 0, 0, (7, 7), 0.5)):
+        with pytest.raises(ValueError, match=r"train\.seed=-?\d+ must be a whole number from 0 to 2\^64-1\."):
+            use()
+    assert plan(seed=2**64 - 1).micro_batch_at(0, 0).ids.size == 4
+
+
+# Whole plans
+
+
+def test_known_answers():
+    """Runs of released versions must be resumed and repeated for ever: these numbers may never change."""
+    batch = plan().micro_batch_at(11, 3)
+    assert bits(0, MASK, 1, 2).item() == 11535378179678478120
+    assert batch.ids.tolist() == [77, 6, 74, 46]
+    assert batch.windows.tolist() == [[30, 11, 258, 280], [114, 85, 251, 249], [19, 8, 297, 309], [30, 126, 226, 224]]
+    assert batch.flips.tolist() == [False, False, True, False]
+    assert np.packbits(batch.mask).tolist() == [219, 96, 131, 213, 83, 30, 0]
+    assert order_at(0, 0, np.arange(4), 10**9).tolist() == [421119360, 56025798, 899552759, 406941901]
+
+
+def test_types_and_shapes():
+    batch = plan(micro_batch=6).micro_batch_at(0, 1)
+    assert (batch.ids.dtype, batch.ids.shape) == (np.int64, (6,))
+    assert (batch.windows.dtype, batch.windows.shape) == (np.int32, (6, 4))
+    assert (batch.flips.dtype, batch.flips.shape) == (bool, (6,))
+    assert (batch.mask.dtype, batch.mask.shape) == (bool, (7, 7))
+
+
+def test_a_step_is_the_same_whatever_was_asked_before_and_whoever_asks():
+    here, there = plan(), plan()
+    for k in range(6):
+        for step in (0, 3, 9):
+            here.micro_batch_at(step, k)
+    for k in range(6):
+        one, other = here.micro_batch_at(5, k), there.micro_batch_at(5, k)
+        for field in ("ids", "windows", "flips", "mask"):
+            assert np.array_equal(getattr(one, field), getattr(other, field))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_ranks_that_share_out_the_micro_batches_see_one_global_batch(ranks: int):
+    shared = plan()
+    seen = [
+        shared.micro_batch_at(2, turn * ranks + rank).ids
+        for rank in range(ranks)
+        for turn in range(shared.micro_batches // ranks)
+    ]
+    expected = order_at(7, 0, 2 * 24 + np.arange(24), 100)
+    assert sorted(np.concatenate(seen)) == sorted(expected)
+
+
+def test_crops_and_flips_do_not_depend_on_the_size_of_micro_batches():
+    small, large = plan(micro_batch=4), plan(micro_batch=12)
+    for field in ("ids", "windows", "flips"):
+        pieces = [getattr(small.micro_batch_at(6, k), field) for k in range(3)]
+        assert np.array_equal(np.concatenate(pieces), getattr(large.micro_batch_at(6, 0), field))
+
+
+def test_windows_belong_to_the_sizes_of_their_images():
+    sizes = np.random.default_rng(0).integers(20, 900, (100, 2), dtype=np.int32)
+    batch = Plan(7, sizes, 24, 12, (7, 7)).micro_batch_at(9, 1)
+    expected = windows_at(7, 9, np.arange(12, 24), sizes[batch.ids], SCALE, RATIO)
+    assert np.array_equal(batch.windows, expected)
+
+
+def test_an_epoch_visits_every_image_once_up_to_the_dropped_tail():
+    epochs = plan(images=100, global_batch=24)
+    assert epochs.steps_per_epoch == 4
+    for epoch in range(5):
+        steps = range(epoch * 4, epoch * 4 + 4)
+        ids = np.concatenate([epochs.micro_batch_at(step, k).ids for step in steps for k in range(6)])
+        assert len(np.unique(ids)) == len(ids) == 96
+
+
+def test_images_of_the_tail_change_from_epoch_to_epoch():
+    tails = [set(order_at(7, epoch, np.arange(96, 100), 100)) for epoch in range(5)]
+    assert len(set.union(*tails)) > 10
+
+
+def test_flips_are_even_and_can_be_off():
+    flips = np.concatenate([plan().micro_batch_at(step, 0).flips for step in range(2500)])
+    assert chisquare(np.bincount(flips)).pvalue > UNLIKELY
+    assert not any(plan(flip=False).micro_batch_at(step, 0).flips.any() for step in range(100))
+
+
+def test_global_generators_are_left_alone():
+    numpy_before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    plan().micro_batch_at(3, 1)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)
+    assert torch.equal(torch.get_rng_state(), torch_before)
+
+
+def test_no_warning_is_raised_by_the_arithmetic():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(seed=2**64 - 1).micro_batch_at(2**40, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"images": 23}, r"There are 23 images \(data\.root\), too few for one step of train\.global_batch=24"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_sentence(options: dict[str, int], sentence: str):
+    with pytest.raises(ValueError, match=sentence) as refused:
+        plan(**options)
+    assert str(refused.value).count(". ") == 0
+
+
+@pytest.mark.parametrize(("step", "k"), [(-1, 0), (0, -1), (0, 6)])
+def test_places_outside_the_global_batch_are_refused(step: int, k: int):
+    with pytest.raises(IndexError, match="no micro-batch"):
+        plan().micro_batch_at(step, k)
+
+
+# The order of an epoch
+
+
+@pytest.mark.parametrize("count", [*range(1, 40), 97, 256, 257, 1000, 65_537])
+def test_every_order_is_a_permutation(count: int):
+    for seed in range(3):
+        assert np.array_equal(np.sort(order_at(seed, seed, np.arange(count), count)), np.arange(count))
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    seen = {tuple(order_at(seed, epoch, np.arange(50), 50)) for seed in range(20) for epoch in range(20)}
+    assert len(seen) == 400
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_small_sets_take_all_their_orders_equally_often(count: int):
+    _, times = np.unique(orders(count, 6000), axis=0, return_counts=True)
+    assert len(times) == np.prod(np.arange(1, count + 1))
+    assert chisquare(times).pvalue > UNLIKELY
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(7, 4000), (9, 4000), (10, 4000), (16, 4000), (97, 2000)])
+def test_every_image_is_equally_often_at_every_position(count: int, epochs: int):
+    positions = np.array([np.bincount(column, minlength=count) for column in orders(count, epochs).T])
+    deviation = ((positions - epochs / count) ** 2 / (epochs / count)).sum()
+    # rows and columns of the table have fixed sums, which leaves (count - 1)**2 degrees of freedom
+    assert chi2.sf(deviation, (count - 1) ** 2) > UNLIKELY
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(7, 4000), (9, 4000), (10, 4000), (16, 4000), (97, 2000)])
+def test_no_image_prefers_a_successor(count: int, epochs: int):
+    order = orders(count, epochs)
+    different = ~np.eye(count, dtype=bool)
+    pairs = np.bincount((order[:, :-1] * count + order[:, 1:]).ravel(), minlength=count**2).reshape(count, count)
+    assert chisquare(pairs[different]).pvalue > UNLIKELY
+    distances = np.bincount(((order[:, 1:] - order[:, :-1]) % count).ravel(), minlength=count)
+    assert chisquare(distances[1:]).pvalue > UNLIKELY
+
+
+@pytest.mark.parametrize("count", [1_281_167, 10**9, 2**40 + 1])
+def test_huge_sets_are_evaluated_for_the_asked_positions_alone(count: int):
+    positions = np.arange(count - 100_000, count)
+    images = order_at(1, 2, positions, count)
+    assert len(np.unique(images)) == len(images)
+    assert images.min() >= 0 and images.max() < count
+    assert chisquare(np.bincount(images * 100 // count, minlength=100)).pvalue > UNLIKELY
+    assert order_at(1, 2, positions[:5], count).tolist() == images[:5].tolist()
+
+
+def test_a_batch_of_a_billion_images_is_planned_quickly():
+    huge = plan(images=10**9, global_batch=4096, micro_batch=256)
+    huge.micro_batch_at(10**6, 3)
+    # 0.4 ms on two cores of a server; the limit leaves room for a busy machine and none for work per image
+    assert min(timeit.repeat(lambda: huge.micro_batch_at(10**6, 3), number=1, repeat=20)) < 0.01
+
+
+# Crops
+
+SIZES = [
+    (375, 500),
+    (500, 333),
+    (224, 224),
+    (32, 32),
+    (64, 4000),
+    (3000, 100),
+    (100, 600),
+]  # height, width; of the last some tries fit
+
+
+def crops(height: int, width: int, count: int) -> np.ndarray:
+    sizes = np.broadcast_to(np.array([[height, width]], np.int32), (count, 2))
+    return windows_at(0, 0, np.arange(count), sizes, SCALE, RATIO)
+
+
+def torchvision_crops(height: int, width: int, count: int) -> np.ndarray:
+    image = torch.empty(1, 1, 1).expand(1, height, width)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return np.array([RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(count)])
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_crops_are_distributed_as_those_of_torchvision(height: int, width: int):
+    ours, theirs = (
+        {"area": h * w / (height * width), "log ratio": np.log(w / h), "top": top, "left": left}
+        for top, left, h, w in (crops(height, width, 20_000).T, torchvision_crops(height, width, 4000).T)
+    )
+    for name in ours:
+        assert ks_2samp(ours[name], theirs[name]).pvalue > UNLIKELY, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (1, 1), (1, 7), (13, 2), (333, 90), (77, 1001)])
+def test_central_crops_equal_those_of_torchvision(height: int, width: int):
+    image, wide = torch.empty(1, 1, 1).expand(1, height, width), (2.0, 3.0)  # no crop of twice the area fits
+    expected = list(RandomResizedCrop.get_params(image, wide, RATIO))
+    sizes = np.array([[height, width]] * 3, np.int32)
+    assert windows_at(0, 0, np.arange(3), sizes, wide, RATIO).tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize(("height", "width"), [*SIZES, (1, 1), (1, 7), (13, 2)])
+def test_crops_lie_inside_the_image(height: int, width: int):
+    top, left, h, w = crops(height, width, 5000).T
+    assert top.min() >= 0 and left.min() >= 0 and h.min() > 0 and w.min() > 0
+    assert (top + h).max() <= height and (left + w).max() <= width
+
+
+def test_each_image_is_cut_by_its_own_size():
+    sizes = np.array(SIZES * 3, np.int32)
+    mixed = windows_at(5, 6, np.arange(len(sizes)), sizes, SCALE, RATIO)
+    for place, size in enumerate(sizes):
+        alone = windows_at(5, 6, np.array([place]), size[None], SCALE, RATIO)
+        assert mixed[place].tolist() == alone[0].tolist()
+
+
+def test_crops_differ_between_places_and_steps():
+    sizes = np.array([[1000, 1000]] * 100, np.int32)
+    windows = np.concatenate([windows_at(0, step, np.arange(100), sizes, SCALE, RATIO) for step in range(10)])
+    assert len(np.unique(windows, axis=0)) == 1000
+
+
+# Masks
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "masked"),
+    [((7, 7), 0.5, 24), ((6, 6), 0.5, 18), ((7, 9), 0.3, 18), ((2, 3), 0.0, 0), ((2, 3), 1.0, 6)],
+)
+def test_masks_have_exactly_their_share(grid: tuple[int, int], ratio: float, masked: int):
+    for step in range(20):
+        mask = mask_at(0, step, 0, grid, ratio)
+        assert mask.shape == grid and mask.sum() == masked
+
+
+def test_masks_are_fair_to_every_cell_and_pair_of_cells():
+    masks = np.array([mask_at(0, step, k, (4, 3), 0.5).ravel() for step in range(2000) for k in range(4)])
+    both = masks.T.astype(int) @ masks
+    # of 12 cells 6 are drawn without replacement: the variance of the counts is that of a binomial, shrunk by 11 / 12
+    cells = np.diag(both)
+    expected = len(masks) / 2
+    assert chi2.sf(((cells - expected) ** 2).sum() / (len(masks) / 4) * 11 / 12, 11) > UNLIKELY
+    # by chance one of the 66 pairs lies beyond 4 standard errors in 0.4 % of such tests
+    pairs = both[np.triu_indices(12, 1)]
+    assert abs(pairs / len(masks) - 5 / 22).max() < 4 * np.sqrt(5 / 22 * 17 / 22 / len(masks))
+
+
+def test_masks_differ_between_micro_batches_steps_and_seeds():
+    seen = {mask_at(s, step, k, (7, 7), 0.5).tobytes() for s in range(5) for step in range(50) for k in range(8)}
+    assert len(seen) == 5 * 50 * 8

@@ -1,0 +1,92 @@
+"""A user's mistake ends in one sentence that names the option, with nothing written over."""
+
+from pathlib import Path
+
+import pytest
+from launching import run
+
+MISTAKES = {
+    "missing folder": (["data.root=DIR/nowhere"], "data.root"),
+    "empty folder": (["data.root=DIR/empty"], "data.root"),
+    "no images": (["data.root=DIR/texts"], "data.root"),
+    "no data at all": (["data=folder"], "data.root"),
+    "unknown option": (["train.epoch=3"], "train.epoch is no option; did you mean train.epochs?"),
+    "wrong type": (["train.epochs=many"], "train.epochs: Value 'many'"),
+    "batch that does not divide": (["train.global_batch=30"], "train.global_batch=30 must be a multiple"),
+    "odd micro-batch": (["train.micro_batch=7", "train.global_batch=28"], "train.micro_batch=7 must be even"),
+    "more than the images": (["train.global_batch=4096"], "train.global_batch"),
+    "unknown model": (["model=giant"], "model=giant must be one of base, huge, large, tiny"),
+    "image size without cells": (["model.img_size=100"], "img_size=100x100 must be a multiple of 32"),
+    "unknown ds": (["ds=zero9"], "ds=zero9 is no DeepSpeed config; choose one of zero1, zero2"),
+    "compile under zero3": (["compile=true", "ds=zero3"], "compile=true does not go with ZeRO-3"),
+    "fp16 without a GPU": (["precision=fp16"], "precision=fp16"),
+}
+
+
+def last_line_of(options: list[str], processes: int = 1, launcher: str = "python") -> str:
+    """Runs into the mistake; asserts that exactly one line reports it and that no traceback does."""
+    printed = run(launcher, *options, processes=processes, code=2)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in printed, printed
+    return errors[0]
+
+
+@pytest.fixture
+def options(photographs: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no picture")
+    return [
+        "model=tiny", f"data.root={photographs}", f"data.index_dir={tmp_path / 'index'}", f"run_dir={tmp_path / 'run'}",
+        "model.img_size=64", "train.global_batch=16", "train.micro_batch=8", "train.max_steps=2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(mistake: str, options: list[str], tmp_path: Path) -> None:
+    overrides, sentence = MISTAKES[mistake]
+    if mistake == "no data at all":
+        options = [option for option in options if not option.startswith("data.root")]
+    if mistake == "fp16 without a GPU" and torch_has_gpu():
+        pytest.skip("this GPU machine trains in fp16")
+    assert sentence in last_line_of([*options, *(o.replace("DIR", str(tmp_path)) for o in overrides)])
+    assert not (tmp_path / "run").exists()
+
+
+def torch_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_divide_the_batch_report_once(options: list[str], tmp_path: Path) -> None:
+    overrides = [*options, "train.global_batch=24"]
+    assert "train.global_batch=24 is no multiple of train.micro_batch=8 x 2 processes" in last_line_of(
+        overrides, processes=2, launcher="deepspeed"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_run_stays_as_it_is(options: list[str], tmp_path: Path) -> None:
+    run("python", *options, processes=1)
+    folder = tmp_path / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for change, sentence in (
+        ("train.seed=1", "run_dir={} holds a run with train.seed=0, not 1"),
+        ("train.global_batch=32", "run_dir={} holds a run with train.global_batch=16, not 32"),
+        (f"data.root={other_images(tmp_path)}", "run_dir={} holds a run with data.fingerprint="),
+    ):
+        assert sentence.format(folder) in last_line_of([*options, change])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def other_images(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for i in range(16):
+        Image.new("RGB", (70 + i, 80)).save(folder / f"{i}.png")
+    return folder

@@ -1,0 +1,54 @@
+"""Starts runs as a user types them, and reads what they leave behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(launcher: str, *overrides: str, processes: int = 2) -> list[str]:
+    """The command line of launch/pretrain.py under `deepspeed`, `torchrun` or plain `python`."""
+    port = str(free_port())
+    start = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", port],
+        "torchrun": [str(BIN / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={port}"],
+        "python": [sys.executable],
+    }[launcher]
+    return [*start, "launch/pretrain.py", *overrides]
+
+
+def environment() -> dict[str, str]:
+    """The launcher finds `python` and its own tools on PATH, as in an activated environment."""
+    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def run(launcher: str, *overrides: str, processes: int = 2, code: int = 0) -> str:
+    """Runs to the end, expects the exit code, and returns all that was printed."""
+    done = subprocess.run(
+        command(launcher, *overrides, processes=processes),
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(run_dir: Path) -> list[tuple[int, float, float, float]]:
+    """What a run computed, without what it took: step, loss, lr and gradient norm."""
+    return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows(run_dir)]

@@ -1,0 +1,108 @@
+"""The encoder as a timm model."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import reference
+import timm
+import torch
+
+import mixmim_ds
+
+# Table of METHOD: parameters with a 1000-way head and the fixed position table, GMAC at the name's image size.
+SIZES = {
+    "mixmim_base": (88_344_352, "16.3"),
+    "mixmim_large": (197_396_668, "35.8"),
+    "mixmim_huge": (659_262_658, "117.6"),
+    "mixmim_base_384": (89_577_440, "52.5"),
+    "mixmim_large_384": (199_246_300, "112.0"),
+}
+FEATURES = {64: 2, 96: 3, 128: 4, 160: 5, 192: 6, 224: 7}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_size_and_work_are_the_papers(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    parameters, gmacs = SIZES[name]
+    assert sum(p.numel() for p in model.parameters()) + model.absolute_pos_embed.numel() == parameters
+    assert f"{(model.macs() + model.num_features * 1000) / 1e9:.1f}" == gmacs
+
+
+def test_every_size_is_registered() -> None:
+    assert set(timm.list_models("mixmim_*")) == {*SIZES, "mixmim_tiny"}
+
+
+@pytest.mark.parametrize("img_size", FEATURES)
+def test_tiny_fits_every_multiple_of_a_cell(img_size: int) -> None:
+    model = timm.create_model("mixmim_tiny", img_size=img_size, num_classes=5).eval()
+    images = torch.randn(2, 3, img_size, img_size)
+    side = FEATURES[img_size]
+    assert model.forward_features(images).shape == (2, side, side, 256)
+    assert model(images).shape == (2, 5)
+
+
+def test_plain_images_equal_the_reference() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("mixmim_tiny", img_size=96, num_classes=0).double().eval()
+    images = torch.randn(2, 3, 96, 96).double()
+    params = {f"encoder.{name}": value for name, value in model.state_dict().items()}
+    depths = tuple(len(stage.blocks) for stage in model.layers)
+    windows = tuple(stage.window[0] for stage in model.layers)
+    shape = reference.Shape(32, depths, (1, 2, 4, 8), windows, 1, 1)
+    expected = reference.encode(params, images, shape)
+    torch.testing.assert_close(model.forward_features(images), expected, rtol=0, atol=1e-10)
+
+
+def test_position_table_is_the_reference_and_travels_with_the_weights() -> None:
+    model = timm.create_model("mixmim_tiny", img_size=64)
+    torch.testing.assert_close(model.absolute_pos_embed, reference.sincos_table(16, 16, 32).float())
+    assert "absolute_pos_embed" in model.state_dict()
+    assert not any("relative_position_index" in name for name in model.state_dict())
+
+
+def test_timm_feature_extraction() -> None:
+    images = torch.randn(2, 3, 64, 64)
+    model = timm.create_model("mixmim_tiny", img_size=64).eval()
+    final, maps = model.forward_intermediates(images)
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2)]
+    torch.testing.assert_close(final, model.forward_features(images))
+    extractor = timm.create_model("mixmim_tiny", img_size=64, features_only=True, out_indices=(1, 3))
+    assert extractor.feature_info.channels() == [64, 256] and extractor.feature_info.reduction() == [8, 32]
+    assert [tuple(m.shape[1:]) for m in extractor(images)] == [(64, 8, 8), (256, 2, 2)]
+    assert model.prune_intermediate_layers([1]) == [1]
+    torch.testing.assert_close(model.forward_features(images).permute(0, 3, 1, 2), maps[1])
+
+
+def test_timm_classifier_and_layer_groups() -> None:
+    model = timm.create_model("mixmim_tiny", img_size=64)
+    model.reset_classifier(7)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7) and model.get_classifier().out_features == 7
+    assert model.forward_head(torch.randn(1, 2, 2, 256), pre_logits=True).shape == (1, 256)
+    groups = timm.models.group_parameters(model, model.group_matcher())
+    layer = {name: number for number, names in groups.items() for name in names}
+    assert layer["layers.1.downsample.reduction.weight"] == layer["layers.1.blocks.0.norm1.weight"]
+    assert layer["patch_embed.proj.weight"] == 0 and layer["layers.0.blocks.0.norm1.weight"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "img_size", "sentence"),
+    [
+        ("mixmim_base", 250, "img_size=250x250 must be a multiple of 32"),
+        ("mixmim_base", 256, "img_size=256x256 gives stage 1 a grid of 64x64 tokens that windows of 14 do not fit"),
+        ("mixmim_tiny", 100, "multiple of 32"),
+    ],
+)
+def test_an_image_size_that_does_not_fit_is_refused_in_one_sentence(name: str, img_size: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        timm.create_model(name, img_size=img_size)
+
+
+def test_models_know_nothing_of_how_they_are_trained() -> None:
+    for path in (Path(mixmim_ds.__file__).parent / "models").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not name.startswith(("deepspeed", "torch.distributed", "mixmim_ds.train", "mixmim_ds.data"))

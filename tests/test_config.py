@@ -1,0 +1,77 @@
+"""The options: schema, recipes, what identifies a run."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mixmim_ds.config import CONF, FREE, RunConfig, flatten, identity, load_config
+
+RUN = ["run_dir=DIR", "data.root=DIR"]
+
+
+def test_every_free_option_exists() -> None:
+    assert set(flatten(OmegaConf.to_container(OmegaConf.structured(RunConfig)))) >= FREE
+
+
+def test_a_run_is_identified_by_what_it_computes_not_by_where_it_runs() -> None:
+    config = load_config(RUN)
+    assert identity(config) == identity(load_config(["run_dir=B", "data.root=B", "ds=zero3", "train.max_steps=3"]))
+    for change in (
+        "train.seed=1",
+        "train.epochs=1",
+        "model=large",
+        "optim.base_lr=1",
+        "precision=fp32",
+        "data.flip=false",
+    ):
+        assert identity(config) != identity(load_config([*RUN, change]))
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_recipe_composes_and_its_batch_divides_over_its_gpus(recipe: str) -> None:
+    config = load_config([*RUN, f"+experiment={recipe}"])
+    header = (CONF / "experiment" / f"{recipe}.yaml").read_text()
+    assert config.model.encoder in ("mixmim_base", "mixmim_large", "mixmim_huge")
+    gpus = int(next(line for line in header.splitlines() if "GPUs x" in line).split(" GPUs x")[0].split()[-1])
+    assert config.train.global_batch % (config.train.micro_batch * gpus) == 0
+    assert "published" in header and "our choice" in header
+
+
+def test_the_authors_recipe_is_the_default_but_for_its_length() -> None:
+    default, recipe = load_config(RUN), load_config([*RUN, "+experiment=mixmim_b"])
+    assert recipe.train.epochs == 600 and default.train.epochs == 300
+    assert (recipe.optim, recipe.model, recipe.data) == (default.optim, default.model, default.data)
+    assert recipe.train.global_batch == 2048 and recipe.optim.base_lr == 1.5e-4 and recipe.optim.betas == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.max_steps=0", "train.max_steps=0 must be positive"),
+        ("train.seed=-1", "train.seed=-1"),
+        ("train.keep_last=1", "train.keep_last=1 must be at least 2"),
+        ("train.keep_every=500", "train.keep_every=500 must be 0 or a multiple of train.save_every=1000"),
+        ("model.mask_ratio=1", "model.mask_ratio=1.0 must lie between 0 and 1"),
+        ("model.decoder_num_heads=7", "model.decoder_dim=512 must be a multiple of 4 and of model.decoder_num_heads=7"),
+        ("data.crop_scale=[0.5,0.2]", "data.crop_scale=[0.5, 0.2] must be two positive numbers"),
+        ("data.crop_scale=[0.5,2]", "data.crop_scale=[0.5, 2.0] must not exceed 1"),
+        ("optim.clip_grad=0", "optim.clip_grad=0.0 must be positive, or null"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers"),
+        ("precision=int8", "precision=int8 must be one of bf16, fp32, fp16"),
+        ("activation_checkpointing=some", "activation_checkpointing=some must be one of none, selective, full"),
+        ("+experiment=none_such", "experiment=none_such must be one of mixmim_b"),
+        ("data=synthetic", "data.root has no effect with data=synthetic"),
+        ("train.epochs", "train.epochs is not of the form key=value"),
+    ],
+)
+def test_a_value_out_of_bounds_is_one_sentence_that_names_the_option(override: str, sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config([*RUN, override])
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_ds_file_of_ones_own_is_taken_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text("{}")
+    assert load_config([*RUN, f"ds={path}"]).ds_path == path
