@@ -45,7 +45,8 @@ def train(photographs: Path, run_dir: Path) -> None:
     call(
         str(BIN / "deepspeed"), "--num_gpus", str(processes), "launch/pretrain.py",
         "model=tiny", f"data.root={photographs}", f"run_dir={run_dir}", f"precision={'bf16' if gpus else 'fp32'}",
-        "train.epochs=8", f"train.global_batch={batch}", "train.micro_batch=8", "train.log_every=10",
+        "model.img_size=192", "train.epochs=4", f"train.global_batch={batch}", "train.micro_batch=8",
+        "train.log_every=10",
         "train.picture_every=250", f"optim.base_lr={1e-3 * 256 / batch}", "optim.warmup_epochs=0.5",
     )  # fmt: skip
 
@@ -91,7 +92,7 @@ def main() -> None:
     encoder = timm.create_model(f"local-dir:{exported}", num_classes=0)
     features = encoder(torch.zeros(1, *encoder.pretrained_cfg["input_size"])).shape[1]
     print(f"""
-loss              {losses[0]:.3f} -> {losses[-1]:.3f} in {steps[-1]:,} steps; trivial level (mean of each cell): {TRIVIAL}
+loss              {losses[0]:.3f} -> {losses[-1]:.3f} at step {steps[-1]:,}; trivial: {TRIVIAL}, the mean of each cell
 loss curve        {out / "loss.png"}
 reconstructions   {out / "reconstructions.png"}
 run folder        {run_dir}   (tensorboard --logdir {run_dir})

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no GPU: would train in bf16 and fp16, compiled or not, without a host synchronisation between log steps",
+        reason="no GPU: would train in bf16 and fp16, compiled or not, without a host sync between log steps",
     ),
 ]
 
