@@ -38,15 +38,25 @@ def options(photographs: Path, tmp_path: Path) -> list[str]:
 def test_every_zero_stage_computes_the_same(options: list[str], tmp_path: Path) -> None:
     found = {}
     for ds in ("zero1", "zero2", "zero3", "zero3_offload"):
-        run("deepspeed", *options, f"run_dir={tmp_path / ds}", f"ds={ds}", "train.max_steps=4")
+        run("deepspeed", *options, f"run_dir={tmp_path / ds}", f"ds={ds}", "precision=fp32", "train.max_steps=4")
         found[ds] = numbers(tmp_path / ds)
     assert [row[0] for row in found["zero1"]] == [1, 2, 3, 4]
     assert len({row[1] for row in found["zero1"]}) == 4, "the loss moves"
-    for ds, tolerance in (("zero2", 0.0), ("zero3", 1e-5), ("zero3_offload", 1e-5)):
+    for ds in ("zero2", "zero3", "zero3_offload"):
         for expected, row in zip(found["zero1"], found[ds], strict=True):
-            assert row[1] == pytest.approx(expected[1], rel=tolerance, abs=0), ds
-            # The norm is summed in another order; in bf16 the stages also round gradients at other moments.
-            assert row[3] == pytest.approx(expected[3], rel=1e-3), ds
+            assert row[1:] == pytest.approx(expected[1:], rel=1e-5), ds  # norms are summed in another order
+
+
+def test_in_bf16_zero_1_and_2_lose_the_same_to_the_last_digit_and_zero_3_nearly(
+    options: list[str], tmp_path: Path
+) -> None:
+    found = {}
+    for ds in ("zero1", "zero2", "zero3"):
+        run("deepspeed", *options, f"run_dir={tmp_path / ds}", f"ds={ds}", "train.max_steps=4")
+        found[ds] = [row[1] for row in numbers(tmp_path / ds)]
+    assert found["zero1"] == found["zero2"]
+    # ZeRO-3 rounds gradients to bf16 at other moments; 8.5e-5 was measured at a learning rate of 1.2e-4.
+    assert found["zero3"] == pytest.approx(found["zero1"], rel=5e-4)
 
 
 def test_any_launcher_and_number_of_processes_computes_the_same(options: list[str], tmp_path: Path) -> None:
@@ -69,7 +79,7 @@ def test_fp32_is_plain_torch_to_six_digits(options: list[str], tmp_path: Path) -
     index = open_index(Path(config.data.root), Path(config.data.index_dir))
     batches = open_loader(config, index, Share(0, 1, 4), torch.device("cpu"), cores=2).batches(0)
     torch.manual_seed(config.train.seed)
-    model = MixMIM("mixmim_tiny", 64, decoder_dim=128, decoder_depth=4, decoder_num_heads=4)
+    model = MixMIM("mixmim_tiny", 64, decoder_dim=256, decoder_depth=2, decoder_num_heads=8)
     peak = config.optim.base_lr * 32 / 256
     total = config.train.epochs * (len(index) // 32)
     groups = parameter_groups(model, config.optim.weight_decay)
