@@ -20,7 +20,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{checkpoint} -> {arguments.out}")
-    print(f'load it with: import timm, mixmim_ds; timm.create_model("local-dir:{arguments.out}")')
+    print(f'load it with: import timm, mixmim_ds; timm.create_model("local-dir:{arguments.out}", pretrained=True)')
     return 0
 
 

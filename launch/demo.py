@@ -89,14 +89,14 @@ def main() -> None:
     extract_picture(run_dir, out / "reconstructions.png")
     shutil.rmtree(exported, ignore_errors=True)
     call(sys.executable, "launch/convert.py", str(run_dir), str(exported))
-    encoder = timm.create_model(f"local-dir:{exported}", num_classes=0)
+    encoder = timm.create_model(f"local-dir:{exported}", pretrained=True)
     features = encoder(torch.zeros(1, *encoder.pretrained_cfg["input_size"])).shape[1]
     print(f"""
 loss              {losses[0]:.3f} -> {losses[-1]:.3f} at step {steps[-1]:,}; trivial: {TRIVIAL}, the mean of each cell
 loss curve        {out / "loss.png"}
 reconstructions   {out / "reconstructions.png"}
 run folder        {run_dir}   (tensorboard --logdir {run_dir})
-timm model        {exported}   ({features} features; timm.create_model("local-dir:{exported}"))""")
+timm model        {exported}   ({features} features; timm.create_model("local-dir:{exported}", pretrained=True))""")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_a_run_of_two_processes_becomes_a_timm_model(photographs: Path, tmp_path
     )  # fmt: skip
     done = convert(str(folder), str(out))
     assert done.returncode == 0, done.stderr
-    encoder = timm.create_model(f"local-dir:{out}")
+    encoder = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, 256)
     config = json.loads((out / "config.json").read_text())
     assert config["architecture"] == "mixmim_tiny" and config["pretrained_cfg"]["input_size"] == [3, 64, 64]
