@@ -1,12 +1,34 @@
-"""Which checkpoints a run folder holds: one exists when its COMPLETE.json does, written last and deleted first."""
+"""What a run folder holds for good: files written as a whole, and checkpoints.
+
+A checkpoint exists when its COMPLETE.json does, which is written last and deleted first.
+"""
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 MARKER = "COMPLETE.json"
 log = logging.getLogger(__name__)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file: whoever reads it, even after a power cut, finds the old text or the new, never a part."""
+    draft = path.with_name(path.name + ".new")
+    draft.write_text(text)
+    sync(draft)
+    draft.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

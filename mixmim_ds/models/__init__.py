@@ -1,4 +1,5 @@
 """What is trained: plain PyTorch, without a word about how it is trained."""
 
+from mixmim_ds.models import sizes as sizes
 from mixmim_ds.models.encoder import MixMIMTransformer as MixMIMTransformer
 from mixmim_ds.models.mixmim import MixMIM as MixMIM

@@ -1,14 +1,13 @@
 """Saving a run so that no moment of death loses it, and going on from there."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mixmim_ds.checkpoints import MARKER, newest_complete
+from mixmim_ds.checkpoints import MARKER, newest_complete, sync, write_whole
 from mixmim_ds.config import RunConfig
 from mixmim_ds.train.distributed import World, on_first_rank
 from mixmim_ds.train.engine import zero_stage
@@ -38,31 +37,16 @@ def _clear(folder: Path, path: Path) -> None:
 def _complete(unfinished: Path, path: Path, step: int, world_size: int, stage: int) -> None:
     files = sorted(file for file in unfinished.rglob("*") if file.is_file())
     for file in [*files, unfinished]:
-        _sync(file)
+        sync(file)
     marker = {
         "step": step,
         "world_size": world_size,
         "zero_stage": stage,
         "files": {str(file.relative_to(unfinished)): file.stat().st_size for file in files},
     }
-    _write(unfinished / MARKER, json.dumps(marker, indent=1))
+    write_whole(unfinished / MARKER, json.dumps(marker, indent=1))
     unfinished.rename(path)
-    _write(path.parent / "latest", path.name)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a file as a whole, on the disk."""
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(text)
-    _sync(draft)
-    draft.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    write_whole(path.parent / "latest", path.name)
 
 
 def _prune(folder: Path, keep_last: int, keep_every: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from mixmim_ds.checkpoints import write_whole
 from mixmim_ds.train.distributed import World, mean_over_ranks
 
 log = logging.getLogger("mixmim_ds")
@@ -141,6 +142,4 @@ def _drop_after(path: Path, step: int) -> None:
     if path.exists():
         rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in rows if json.loads(line)["step"] <= step]
-        draft = path.with_name(path.name + ".new")
-        draft.write_text("".join(line + "\n" for line in kept))
-        draft.replace(path)
+        write_whole(path, "".join(line + "\n" for line in kept))

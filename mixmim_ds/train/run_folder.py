@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from mixmim_ds.checkpoints import write_whole
 from mixmim_ds.config import ROOT, RunConfig, flatten, identity
 from mixmim_ds.train.distributed import World, on_first_rank
 from mixmim_ds.train.engine import engine_config
@@ -66,17 +67,11 @@ def _write_files(folder: Path, config: RunConfig, joined: dict[str, Any], finger
     folder.mkdir(parents=True, exist_ok=True)
     options = asdict(config)
     options["data"]["fingerprint"] = fingerprint
-    _replace(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(options)))
-    _replace(folder / "ds_config.json", json.dumps(joined, indent=2))
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(options)))
+    write_whole(folder / "ds_config.json", json.dumps(joined, indent=2))
     path = folder / "environment.json"
     starts = json.loads(path.read_text()) if path.exists() else []
-    _replace(path, json.dumps([*starts, _environment(hosts)], indent=2))
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(text)
-    draft.replace(path)
+    write_whole(path, json.dumps([*starts, _environment(hosts)], indent=2))
 
 
 def _environment(hosts: list[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The index: tells what was found, is built once, and survives whatever happens meanwhile."""
 
+import io
 import itertools
 import json
 import os
@@ -134,12 +135,20 @@ def test_broken_files_are_told_and_left_out(root: Path, index_dir: Path):
         assert contents(index)[:-1] == contents(intact)[:-1]
 
 
-def test_progress_is_drawn_on_request(root: Path, index_dir: Path, capfd: pytest.CaptureFixture[str]):
-    open_index(root, index_dir, progress=True)
-    assert "reading headers: 100%" in capfd.readouterr().err
-    shutil.rmtree(index_dir)
-    open_index(root, index_dir)
-    assert capfd.readouterr().err == ""
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("screen", "progress", "drawn"), [(Screen, True, True), (Screen, False, False), (io.StringIO, True, False)]
+)
+def test_progress_is_drawn_on_request_and_never_into_a_log(
+    screen: type[io.StringIO], progress: bool, drawn: bool, root: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", screen())
+    open_index(root, index_dir, progress=progress)
+    assert ("reading headers: 100%" in sys.stderr.getvalue()) == drawn
 
 
 # The fingerprint

@@ -47,16 +47,15 @@ def test_every_zero_stage_computes_the_same(options: list[str], tmp_path: Path) 
             assert row[1:] == pytest.approx(expected[1:], rel=1e-5), ds  # norms are summed in another order
 
 
-def test_in_bf16_zero_1_and_2_lose_the_same_to_the_last_digit_and_zero_3_nearly(
-    options: list[str], tmp_path: Path
-) -> None:
+def test_in_bf16_every_zero_stage_loses_the_same_to_the_last_digit(options: list[str], tmp_path: Path) -> None:
     found = {}
-    for ds in ("zero1", "zero2", "zero3"):
+    for ds in ("zero1", "zero2", "zero3", "zero3_offload"):
         run("deepspeed", *options, f"run_dir={tmp_path / ds}", f"ds={ds}", "train.max_steps=4")
-        found[ds] = [row[1] for row in numbers(tmp_path / ds)]
-    assert found["zero1"] == found["zero2"]
-    # Why ZeRO-3 differs in bf16 is not known; 8.5e-5 was measured at a learning rate of 1.2e-4, 1e-5 was expected.
-    assert found["zero3"] == pytest.approx(found["zero1"], rel=5e-4)
+        found[ds] = numbers(tmp_path / ds)
+    for ds in ("zero2", "zero3", "zero3_offload"):
+        assert [row[:3] for row in found[ds]] == [row[:3] for row in found["zero1"]], ds
+        norms = [row[3] for row in found["zero1"]]
+        assert [row[3] for row in found[ds]] == pytest.approx(norms, rel=1e-5), ds  # summed in another order
 
 
 def test_any_launcher_and_number_of_processes_computes_the_same(options: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""The encoder's sizes, as registered with timm."""
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from mixmim_ds.models.encoder import CELL, PATCH, MixMIMTransformer
+
+
+def _cfg(img_size: int = 224) -> dict[str, Any]:
+    return {
+        "num_classes": 1000, "input_size": (3, img_size, img_size), "pool_size": (img_size // CELL,) * 2,
+        "crop_pct": 0.875 if img_size == 224 else 1.0, "interpolation": "bicubic", "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj", "classifier": "head.fc", "license": "apache-2.0",
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mixmim_tiny": _cfg(), "mixmim_base": _cfg(), "mixmim_large": _cfg(), "mixmim_huge": _cfg(),
+        "mixmim_base_384": _cfg(384), "mixmim_large_384": _cfg(384),
+    }
+)  # fmt: skip
+
+_WINDOWS_384 = (16, 16, 24, 12)
+
+
+def _build(variant: str, pretrained: bool, **kwargs: Any) -> MixMIMTransformer:
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(MixMIMTransformer, variant, pretrained, feature_cfg=features, **kwargs)
+
+
+def _fitting_windows(img_size: int | tuple[int, int]) -> tuple[int, ...]:
+    """The largest window of at most 14 tokens that fits every stage's grid."""
+    height, width = to_2tuple(img_size)
+    grids = [(height // (PATCH << stage), width // (PATCH << stage)) for stage in range(4)]
+    return tuple(max(w for w in range(1, 15) if h % w == 0 == v % w) for h, v in grids)
+
+
+@register_model
+def mixmim_tiny(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
+    """1.8 M parameters for tests and laptops; its windows adapt to any image size that is a multiple of 32."""
+    size = {"embed_dim": 32, "depths": (1, 1, 4, 1), "num_heads": (1, 2, 4, 8)}
+    size["window_size"] = _fitting_windows(kwargs.get("img_size") or 224)
+    return _build("mixmim_tiny", pretrained, **{**size, **kwargs})
+
+
+@register_model
+def mixmim_base(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
+    """88 M parameters, 16.3 GMAC at 224."""
+    size = {"embed_dim": 128, "num_heads": (4, 8, 16, 32)}
+    return _build("mixmim_base", pretrained, **{**size, **kwargs})
+
+
+@register_model
+def mixmim_large(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
+    """197 M parameters, 35.8 GMAC at 224."""
+    size = {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}
+    return _build("mixmim_large", pretrained, **{**size, **kwargs})
+
+
+@register_model
+def mixmim_huge(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
+    """659 M parameters, 117.6 GMAC at 224."""
+    size = {"embed_dim": 352, "num_heads": (11, 22, 44, 88)}
+    return _build("mixmim_huge", pretrained, **{**size, **kwargs})
+
+
+@register_model
+def mixmim_base_384(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
+    """mixmim_base at 384 pixels: 90 M parameters, 52.5 GMAC."""
+    size = {"img_size": 384, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "window_size": _WINDOWS_384}
+    return _build("mixmim_base_384", pretrained, **{**size, **kwargs})
+
+
+@register_model
+def mixmim_large_384(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
+    """mixmim_large at 384 pixels: 199 M parameters, 112 GMAC."""
+    size = {"img_size": 384, "embed_dim": 192, "num_heads": (6, 12, 24, 48), "window_size": _WINDOWS_384}
+    return _build("mixmim_large_384", pretrained, **{**size, **kwargs})
