@@ -18,15 +18,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(launcher: str, *overrides: str, processes: int = 2) -> list[str]:
-    """The command line of launch/pretrain.py under `deepspeed`, `torchrun` or plain `python`."""
+def command(launcher: str, *overrides: str, processes: int = 2, script: str = "launch/pretrain.py") -> list[str]:
+    """The command line of a script under `deepspeed`, `torchrun` or plain `python`."""
     port = str(free_port())
     start = {
         "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", port],
         "torchrun": [str(BIN / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={port}"],
         "python": [sys.executable],
     }[launcher]
-    return [*start, "launch/pretrain.py", *overrides]
+    return [*start, script, *overrides]
 
 
 def environment() -> dict[str, str]:
@@ -34,10 +34,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def run(launcher: str, *overrides: str, processes: int = 2, code: int = 0) -> str:
+def run(launcher: str, *overrides: str, processes: int = 2, code: int = 0, script: str = "launch/pretrain.py") -> str:
     """Runs to the end, expects the exit code, and returns all that was printed."""
     done = subprocess.run(
-        command(launcher, *overrides, processes=processes),
+        command(launcher, *overrides, processes=processes, script=script),
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == code, done.stdout

@@ -16,8 +16,8 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from mixmim_ds.models import masking
 from mixmim_ds.models.attention import WindowAttention
+from mixmim_ds.models.masking import pair_mask
 from mixmim_ds.models.recompute import recompute
 
 PATCH = 4  # pixels of a token's side in the first stage
@@ -109,7 +109,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.downsample(x)
-        same_image = None if mask is None else masking.same_image(mask, self.grid, self.window)
+        same_image = None if mask is None else pair_mask(mask, self.grid, self.window)
         for block in self.blocks:
             x = block(x, same_image)
         return x

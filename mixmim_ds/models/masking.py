@@ -43,7 +43,7 @@ def choose(without_masked: Tensor, without_visible: Tensor, mask: Tensor) -> Ten
     return without_masked.where(mask.flatten()[:, None], without_visible)
 
 
-def same_image(mask: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
+def pair_mask(mask: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
     """Which pairs of tokens of a window stem from the same image: bool [windows, N, N], N = tokens of a window."""
     (height, width), (win_h, win_w) = grid, window
     source = upsample(mask, height, width).reshape(height // win_h, win_h, width // win_w, win_w)

@@ -1,0 +1,92 @@
+"""Writing an export: tensor by tensor, read back, and as a whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from mixmim_ds.checkpoints import sync
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `out` once it is filled; if that fails nothing is left of it.
+
+    Raises:
+        ValueError: `out` exists, or the disk refuses.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another folder to write to.")
+    draft = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)  # of a conversion that was killed
+        draft.mkdir(parents=True)
+        yield draft
+        for file in [*draft.iterdir(), draft]:
+            sync(file)
+        draft.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}.") from error
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+class Pieces(Protocol):
+    """A tensor that may yet have to be put together."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Known without putting it together, as is the type."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+
+    def contiguous(self) -> Tensor:
+        """The whole tensor."""
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Pieces], dtype: torch.dtype) -> None:
+    """Writes a safetensors file with one tensor in memory at a time, then reads every one back and compares.
+
+    The library's own writer wants all of them at once, in memory twice (format: the safetensors README).
+
+    Args:
+        dtype: of the floating-point tensors in the file, float32 or bfloat16.
+
+    Raises:
+        OSError: the disk is full, or gave back something else than was written.
+    """
+    dtypes = {name: dtype if tensor.dtype.is_floating_point else tensor.dtype for name, tensor in tensors.items()}
+    with path.open("wb") as file:
+        file.write(_header(tensors, dtypes))
+        for name, tensor in tqdm(tensors.items(), desc=path.name, unit=" tensors", disable=None):
+            tensor.contiguous().to(dtypes[name]).flatten().view(torch.uint8).numpy().tofile(file)
+    with safe_open(path, framework="pt") as written:
+        for name, tensor in tensors.items():
+            if not torch.equal(written.get_tensor(name), tensor.contiguous().to(dtypes[name])):
+                raise OSError(f"{path.name} gives back another {name} than was written, the disk is at fault")
+
+
+def _header(tensors: Mapping[str, Pieces], dtypes: Mapping[str, torch.dtype]) -> bytes:
+    """Where every tensor lies, behind its own length; padded, as the format asks, to a multiple of 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.shape.numel() * dtypes[name].itemsize
+        entries[name] = {"dtype": DTYPES[dtypes[name]], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,83 @@
+"""The weights in a checkpoint, gathered one by one from whatever ZeRO stage and number of processes wrote them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from mixmim_ds.checkpoints import Checkpoint, newest_complete, read_checkpoint
+from mixmim_ds.models import MixMIM
+from mixmim_ds.zero_files import Scattered, read_masters
+
+ENCODER = "encoder."
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds of the model: fp32 masters, parameters and fixed tables by their names in MixMIM."""
+
+    checkpoint: Checkpoint
+    config: Any  # the run's options
+    model: MixMIM  # on the meta device: shapes without memory
+    tensors: dict[str, Scattered]  # each is put together when asked for
+
+    @property
+    def encoder(self) -> dict[str, Scattered]:
+        """The encoder's tensors, by their names there."""
+        return {name.removeprefix(ENCODER): t for name, t in self.tensors.items() if name.startswith(ENCODER)}
+
+    @property
+    def decoder(self) -> dict[str, Scattered]:
+        """All others, which only pretraining needs."""
+        return {name: t for name, t in self.tensors.items() if not name.startswith(ENCODER)}
+
+
+def read_weights(source: Path) -> Weights:
+    """The weights of a run's newest complete checkpoint, or of the checkpoint folder given.
+
+    Needs neither a GPU nor a process group, and no memory before a tensor is asked for.
+
+    Raises:
+        ValueError: there is no complete checkpoint, or it holds another model than its run's config.yaml says.
+    """
+    checkpoint = _find(source)
+    run_dir = checkpoint.path.parent.parent
+    config = _read_config(run_dir)
+    options = config.model
+    with torch.device("meta"):
+        model = MixMIM(
+            options.encoder, options.img_size, options.decoder_dim, options.decoder_depth, options.decoder_num_heads
+        )
+    tensors = read_masters(checkpoint.path)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise ValueError(
+            f"{checkpoint.path} holds another model than model.encoder={options.encoder} at {options.img_size} pixels, "
+            f"which {run_dir / 'config.yaml'} names: {len(wrong)} tensors differ, the first is {wrong[0]}."
+        )
+    return Weights(checkpoint, config, model, tensors)
+
+
+def _find(source: Path) -> Checkpoint:
+    """The newest complete checkpoint of a run folder, or the one that `source` itself is."""
+    if not source.is_dir():
+        raise ValueError(f"{source} is no folder; give a run folder or one of its checkpoints.")
+    if not (source / "checkpoints").is_dir():
+        return read_checkpoint(source.resolve())
+    newest = newest_complete(source.resolve())
+    if newest is None:
+        raise ValueError(f"{source} holds no complete checkpoint; the run must reach train.save_every first.")
+    return newest
+
+
+def _read_config(run_dir: Path) -> Any:
+    try:
+        return OmegaConf.load(run_dir / "config.yaml")
+    except OSError as error:
+        raise ValueError(
+            f"{run_dir / 'config.yaml'} cannot be read ({error.strerror}); a checkpoint is converted in its run folder."
+        ) from error

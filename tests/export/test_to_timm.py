@@ -1,0 +1,260 @@
+"""Runs become timm models: from every ZeRO stage, with and without this package, and as a whole or not at all."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from launching import ROOT, run
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from mixmim_ds.models import MixMIM
+
+pytestmark = pytest.mark.slow
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def pretrain(folder: Path, photographs: Path, *overrides: str) -> Path:
+    """Two steps of the tiny model on two processes; live.pt holds the weights as the engine had them."""
+    run(
+        "deepspeed", "model=tiny", f"data.root={photographs}", f"data.index_dir={folder.parent / 'index'}",
+        f"run_dir={folder}", "model.img_size=64", "train.global_batch=16", "train.micro_batch=8", "train.max_steps=2",
+        "optim.warmup_epochs=0", *overrides, script="tests/export/live.py",
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in fp32 under the default stage."""
+    return pretrain(tmp_path_factory.mktemp("trained") / "run", photographs, "precision=fp32")
+
+
+@pytest.fixture
+def own(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/convert.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def refusal(*arguments: object) -> str:
+    done = convert(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def exported(source: Path, out: Path, *options: str) -> Path:
+    done = convert(source, out, *options)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_features_are_those_of_the_live_encoder(ds: str, photographs: Path, tmp_path: Path) -> None:
+    folder = pretrain(tmp_path / "run", photographs, "precision=fp32", f"ds={ds}")
+    encoder = timm.create_model(f"local-dir:{exported(folder, tmp_path / 'timm')}", pretrained=True).eval()
+    live = MixMIM("mixmim_tiny", 64, decoder_dim=256, decoder_depth=2, decoder_num_heads=8).eval()
+    _, working = torch.load(folder / "live.pt")
+    live.load_state_dict(working | {name: buffer for name, buffer in live.named_buffers()}, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(IMAGES), live.encoder(IMAGES), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3"])
+def test_a_bf16_run_gives_its_fp32_masters(ds: str, photographs: Path, tmp_path: Path) -> None:
+    folder = pretrain(tmp_path / "run", photographs, "precision=bf16", f"ds={ds}")
+    out = exported(folder, tmp_path / "timm", "--with-decoder")
+    masters, working = torch.load(folder / "live.pt")
+    written = load_file(out / "decoder.safetensors")
+    written |= {f"encoder.{name}": tensor for name, tensor in load_file(out / "model.safetensors").items()}
+    assert written.keys() - masters.keys() == {"encoder.absolute_pos_embed", "decoder_pos_embed"}
+    for name, tensor in masters.items():
+        assert torch.equal(written[name], tensor.view_as(written[name])), name
+    assert any(not torch.equal(written[name], tensor.float()) for name, tensor in working.items()), "bf16 is coarser"
+
+
+def test_encoder_and_decoder_make_the_whole_model(trained: Path, tmp_path: Path) -> None:
+    out = exported(trained, tmp_path / "timm", "--with-decoder")
+    model = MixMIM("mixmim_tiny", 64, decoder_dim=256, decoder_depth=2, decoder_num_heads=8)
+    model.encoder.load_state_dict(load_file(out / "model.safetensors"))
+    left = model.load_state_dict(load_file(out / "decoder.safetensors"), strict=False)
+    assert not left.unexpected_keys and all(name.startswith("encoder.") for name in left.missing_keys)
+    _, working = torch.load(trained / "live.pt")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, working[name]), name
+
+
+def test_timm_loads_it_by_folder_and_by_file(trained: Path, tmp_path: Path) -> None:
+    out = exported(trained, tmp_path / "timm")
+    whole = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    classifier = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=10).eval()
+    by_name = timm.create_model(
+        "mixmim_tiny", img_size=64, num_classes=0, checkpoint_path=str(out / "model.safetensors")
+    ).eval()
+    with torch.no_grad():
+        features = whole(IMAGES)
+        assert classifier(IMAGES).shape == (2, 10)
+        assert torch.equal(classifier.forward_head(classifier.forward_features(IMAGES), pre_logits=True), features)
+        assert torch.equal(by_name(IMAGES), features)
+
+
+def test_config_and_card_say_what_it_is(trained: Path, tmp_path: Path) -> None:
+    out = exported(trained, tmp_path / "timm")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["architecture"], config["num_features"]) == ("mixmim_tiny", 256)
+    about = config["pretrained_cfg"]
+    assert about["input_size"] == [3, 64, 64] and about["interpolation"] == "bicubic"
+    assert about["mean"] == [0.485, 0.456, 0.406] and about["std"] == [0.229, 0.224, 0.225]
+    card = (out / "README.md").read_text()
+    loss = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    fingerprint = OmegaConf.load(trained / "config.yaml").data.fingerprint
+    for words in (f"{loss:.4f} at step 2", fingerprint, f"torch {torch.__version__.split('+')[0]}", "batch 16"):
+        assert words in card
+
+
+def test_half_the_bytes_on_request(trained: Path, tmp_path: Path) -> None:
+    full = load_file(exported(trained, tmp_path / "fp32") / "model.safetensors")
+    half = load_file(exported(trained, tmp_path / "bf16", "--dtype", "bf16") / "model.safetensors")
+    assert full.keys() == half.keys()
+    for name, tensor in full.items():
+        assert torch.equal(half[name], tensor.bfloat16())
+
+
+def test_the_architecture_file_needs_timm_alone(trained: Path, tmp_path: Path) -> None:
+    out = exported(trained, tmp_path / "timm", "--architecture-file")
+    torch.save(IMAGES, tmp_path / "images.pt")
+    script = (
+        "import sys; sys.modules['mixmim_ds'] = sys.modules['deepspeed'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "import timm, torch, mixmim\n"
+        "model = timm.create_model(f'local-dir:{sys.argv[1]}', pretrained=True).eval()\n"
+        "torch.save(model(torch.load(sys.argv[2])).detach(), sys.argv[3])\n"
+    )
+    files = [str(out), str(tmp_path / "images.pt"), str(tmp_path / "features.pt")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=120)
+    encoder = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "features.pt"), encoder(IMAGES))
+
+
+def test_one_checkpoint_of_several_can_be_named(trained: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (trained / "checkpoints").glob("step_*")
+    out = exported(checkpoint, tmp_path / "timm")
+    assert (out / "model.safetensors").read_bytes() == (
+        exported(trained, tmp_path / "again") / "model.safetensors"
+    ).read_bytes()
+
+
+# What is refused
+
+
+def test_an_existing_destination_stays_as_it_was(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "exists already" in refusal(trained, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def damage_nothing_there(own: Path) -> None:
+    shutil.rmtree(own)
+
+
+def damage_no_checkpoint(own: Path) -> None:
+    shutil.rmtree(own)
+    own.mkdir()
+
+
+def damage_no_marker(own: Path) -> None:
+    for marker in own.glob("checkpoints/*/COMPLETE.json"):
+        marker.unlink()
+
+
+def damage_truncated(own: Path) -> None:
+    file = next(own.glob("checkpoints/step_*/*optim_states.pt"))
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def damage_other_size(own: Path) -> None:
+    config = OmegaConf.load(own / "config.yaml")
+    config.model.encoder = "mixmim_base"
+    config.model.img_size = 224
+    OmegaConf.save(config, own / "config.yaml")
+
+
+def damage_no_config(own: Path) -> None:
+    (own / "config.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (damage_nothing_there, "is no folder"),
+        (damage_no_checkpoint, "is no complete checkpoint"),
+        (damage_no_marker, "holds no complete checkpoint"),
+        (damage_truncated, "holds no complete checkpoint"),
+        (damage_other_size, "holds another model than model.encoder=mixmim_base at 224 pixels"),
+        (damage_no_config, "config.yaml cannot be read"),
+    ],
+)
+def test_a_bad_source_is_one_sentence(damage: object, sentence: str, own: Path, tmp_path: Path) -> None:
+    damage(own)
+    assert sentence in refusal(own, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_damaged_without_a_trace_in_its_size_is_one_sentence(own: Path, tmp_path: Path) -> None:
+    file = next(own.glob("checkpoints/step_*/*optim_states.pt"))
+    file.write_bytes(bytes(file.stat().st_size))
+    assert "cannot be read as a checkpoint" in refusal(own, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
+    """On a file system of one MiB, in a mount namespace of the command's own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inner = (
+        f"mount -t tmpfs -o size=1m tmpfs {disk} && {sys.executable} launch/convert.py {trained} {disk}/out; "
+        f"code=$?; ls -A {disk} >&2; exit $code"
+    )
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inner]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "cannot be written" in done.stderr.splitlines()[-1], "and nothing is listed after it"
+
+
+def test_killed_while_it_writes_it_leaves_no_half(trained: Path, tmp_path: Path) -> None:
+    """Killed four times, each at a random moment after the first file was begun."""
+    dice = random.Random(2205)
+    out, draft = tmp_path / "out", tmp_path / "out.tmp"
+    whole = exported(trained, tmp_path / "whole", "--with-decoder")
+    expected = {file.name: file.read_bytes() for file in whole.iterdir()} | {"README.md": None}
+    command = [sys.executable, "launch/convert.py", str(trained), str(out), "--with-decoder"]
+    for _ in range(4):
+        shutil.rmtree(draft, ignore_errors=True)
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not draft.exists():
+            pass
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=dice.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        if out.exists():
+            found = {file.name: file.read_bytes() for file in out.iterdir()} | {"README.md": None}
+            assert found == expected
+            shutil.rmtree(out)
+    (draft / "left").mkdir(parents=True)
+    exported(trained, out, "--with-decoder")
+    assert not draft.exists() and not (out / "left").exists()
