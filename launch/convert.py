@@ -1,7 +1,9 @@
 """Exports a run's encoder to timm: `python launch/convert.py RUN_OR_CHECKPOINT OUT_DIR`."""
 
 import argparse
+import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ def main() -> int:
         help="also write mixmim.py, for those who have timm alone",
     )
     arguments = parser.parse_args()
+    start = time.perf_counter()
     try:
         checkpoint = export(
             arguments.source,
@@ -36,7 +39,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{checkpoint.path} -> {arguments.out}")
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{checkpoint.path} -> {arguments.out} ({seconds:.1f} s, peak memory {peak:.1f} GiB)")
     print(f'load it with: import timm, mixmim_ds; timm.create_model("local-dir:{arguments.out}", pretrained=True)')
     return 0
 

@@ -1,10 +1,13 @@
-"""What the whole suite shares: real photographs, made once."""
+"""What the whole suite shares: real photographs and short runs on them, made once."""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from launching import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,6 +19,33 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "launch/photographs.py", str(folder), "--count", "300"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a small run that logs every step; its learning rate is at full height from the first step on."""
+    return [
+        "model=tiny", "data=folder", f"data.root={photographs}", f"data.index_dir={tmp_path_factory.mktemp('index')}",
+        "model.img_size=64", "train.global_batch=32", "train.micro_batch=8", "train.log_every=1",
+        "train.save_every=100", "train.picture_every=0", "optim.warmup_epochs=0", "optim.base_lr=1e-3",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def stage_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The folder of a run of four steps on two processes, for a file of ds_configs/ and a precision.
+
+    Its live.pt holds the weights at the end as the live engine had them (tests/live.py).
+    """
+
+    @cache
+    def make(ds: str, precision: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"{ds}-{precision}") / "run"
+        overrides = [*small_run, f"run_dir={folder}", f"ds={ds}", f"precision={precision}", "train.max_steps=4"]
+        run("deepspeed", *overrides, script="tests/live.py")
+        return folder
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -74,10 +74,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, Pieces], dtype: torch.dt
         file.write(_header(tensors, dtypes))
         for name, tensor in tqdm(tensors.items(), desc=path.name, unit=" tensors", disable=None):
             tensor.contiguous().to(dtypes[name]).flatten().view(torch.uint8).numpy().tofile(file)
-    with safe_open(path, framework="pt") as written:
-        for name, tensor in tensors.items():
-            if not torch.equal(written.get_tensor(name), tensor.contiguous().to(dtypes[name])):
-                raise OSError(f"{path.name} gives back another {name} than was written, the disk is at fault")
+    for name, tensor in tensors.items():
+        with safe_open(path, framework="pt") as written:  # anew each time, or what was read stays in memory
+            same = torch.equal(written.get_tensor(name), tensor.contiguous().to(dtypes[name]))
+        if not same:
+            raise OSError(f"{path.name} gives back another {name} than was written, the disk is at fault")
 
 
 def _header(tensors: Mapping[str, Pieces], dtypes: Mapping[str, torch.dtype]) -> bytes:
