@@ -45,8 +45,9 @@ def train(photographs: Path, run_dir: Path) -> None:
     call(
         str(BIN / "deepspeed"), "--num_gpus", str(processes), "launch/pretrain.py",
         "model=tiny", f"data.root={photographs}", f"run_dir={run_dir}", f"precision={'bf16' if gpus else 'fp32'}",
-        "model.img_size=192", "train.epochs=4", f"train.global_batch={batch}", "train.micro_batch=8",
-        "train.log_every=10",
+        # Without augmentation, or minutes would not suffice to see something.
+        "model.img_size=128", "data.crop_scale=[1,1]", "data.flip=false",
+        "train.epochs=10", f"train.global_batch={batch}", "train.micro_batch=8", "train.log_every=10",
         "train.picture_every=250", f"optim.base_lr={1e-3 * 256 / batch}", "optim.warmup_epochs=0.5",
     )  # fmt: skip
 
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the photographs, the run and what is drawn from it")
     out = parser.parse_args().out.resolve()
     run_dir, exported = out / "run", out / "timm"
-    call(sys.executable, "launch/photographs.py", str(out / "photographs"))
+    call(sys.executable, "launch/photographs.py", str(out / "photographs"), "--views", "6")
     train(out / "photographs", run_dir)
     steps, losses = losses_of(run_dir)
     draw_loss(steps, losses, out / "loss.png")

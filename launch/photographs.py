@@ -1,11 +1,12 @@
 """Cut the real photographs that scikit-image's wheel ships into a set of image files, a folder a photograph.
 
-    python launch/photographs.py OUT_DIR [--count 2000] [--size 96 256]
+    python launch/photographs.py OUT_DIR [--count 2000] [--size 96 256] [--views 6]
 
-Nothing is downloaded. OUT_DIR/<photograph>/0000.jpg ... are crops of varied place, scale and shape, three
-in four of them scaled down; the folder is the class. Most are JPEGs (quality 70 to 95, some progressive,
-some 4:4:4, the grey ones of one channel), 2 % are PNG and 2 % WebP. The same call writes the same bytes.
-Crops of one photograph overlap: a probe on held-out crops tells whether something was learned, and no more.
+Nothing is downloaded. OUT_DIR/<photograph>/0000.jpg ... are crops of varied place, shape and scale; the folder
+is the class. Most are JPEGs (quality 70 to 95, some progressive, some 4:4:4, the grey ones of one channel), 2 %
+are PNG and 2 % WebP. The same call writes the same bytes. Crops of one photograph overlap: a probe on held-out
+crops tells whether something was learned, and no more. With --views all crops of a photograph are copies of that
+many, in different sizes and encodings: what a small model can learn by heart in minutes.
 
 | folder            | colour | source and licence, as scikit-image 0.26 documents them in skimage/data |
 | ----------------- | ------ | ----------------------------------------------------------------------- |
@@ -28,6 +29,7 @@ pixels), page and text (print), lfw_subset (25 pixels), motorcycle_right (the sa
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import math
@@ -43,12 +45,11 @@ from typing import NoReturn
 from PIL import Image, ImageStat
 
 # Raise it when the crops of given parameters change, so that an older folder is not taken for the new set.
-RECIPE = 1
+RECIPE = 2
 MARKER = "SOURCES.md"
 # No photograph has a shorter side below this (chelsea's), and none is ever scaled up.
 LARGEST_SIDE = 300
 LONGEST_ASPECT = 1.6
-LARGEST_ZOOM = 4.0
 # Standard deviation of the luminance under which a crop is sky or a scan's border, with nothing to learn.
 FLATTEST = 6.0
 COLOUR = (
@@ -95,18 +96,22 @@ def load(file: Path) -> Image.Image:
     return image
 
 
-def cut(photo: Image.Image, shortest: int, longest: int, rng: random.Random) -> Image.Image:
-    """Cut one crop whose shorter side is within the two bounds, scaled down from a larger window."""
-    short = rng.randint(shortest, longest)
-    long = round(short * math.exp(rng.uniform(0, math.log(LONGEST_ASPECT))))
-    width, height = (short, long) if rng.random() < 0.5 else (long, short)
-    width, height = min(width, photo.width), min(height, photo.height)
-    room = min(photo.width / width, photo.height / height, LARGEST_ZOOM)
-    zoom = 1.0 if rng.random() < 0.25 else math.exp(rng.uniform(0, math.log(room)))
-    wide, high = min(round(width * zoom), photo.width), min(round(height * zoom), photo.height)
-    left, top = rng.randint(0, photo.width - wide), rng.randint(0, photo.height - high)
-    box = (left, top, left + wide, top + high)
-    return photo.resize((width, height), Image.Resampling.LANCZOS, box=box)
+def place(photo: Image.Image, shortest: int, rng: random.Random) -> tuple[int, int, int, int]:
+    """Draw a window of a photograph: left, top, right, bottom."""
+    aspect = math.exp(rng.uniform(0, math.log(LONGEST_ASPECT)))
+    wide, high = (1.0, aspect) if rng.random() < 0.5 else (aspect, 1.0)
+    largest = min(photo.width / wide, photo.height / high)
+    short = math.exp(rng.uniform(math.log(min(shortest, largest)), math.log(largest)))
+    width, height = round(short * wide), round(short * high)
+    left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
+    return left, top, left + width, top + height
+
+
+def cut(photo: Image.Image, box: tuple[int, int, int, int], bounds: tuple[int, int], rng: random.Random) -> Image.Image:
+    """Cut a window, scaled down to a shorter side within the bounds, or as large as it is if that is less."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = min(1.0, rng.randint(*bounds) / min(width, height))
+    return photo.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS, box=box)
 
 
 def save(crop: Image.Image, stem: Path, number: int, rng: random.Random) -> None:
@@ -123,7 +128,7 @@ def save(crop: Image.Image, stem: Path, number: int, rng: random.Random) -> None
         crop.save(stem.with_suffix(".jpg"), quality=quality, progressive=progressive, subsampling=subsampling)
 
 
-def cut_class(source: Path, numbers: range, out: Path, size: tuple[int, int]) -> int:
+def cut_class(source: Path, numbers: range, out: Path, size: tuple[int, int], views: int) -> int:
     """Write the crops of one photograph, whose numbers in the whole set are given, and return their bytes."""
     folder = out / source.stem
     folder.mkdir()
@@ -131,22 +136,24 @@ def cut_class(source: Path, numbers: range, out: Path, size: tuple[int, int]) ->
     for index, number in enumerate(numbers):
         # A generator a crop: the bytes depend neither on the threads' order nor on the crops before.
         rng = random.Random(f"{source.name}/{index}")
+        where = random.Random(f"{source.name}/view {index % views}") if views else rng
         for _ in range(20):
-            crop = cut(photo, *size, rng)
+            crop = cut(photo, place(photo, size[0], where), size, rng)
             if ImageStat.Stat(crop.convert("L")).stddev[0] >= FLATTEST:
                 break
         save(crop, folder / f"{index:04d}", number, rng)
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def write_set(out: Path, wheel: Path, count: int, size: tuple[int, int], parameters: str) -> int:
+def write_set(out: Path, wheel: Path, count: int, size: tuple[int, int], views: int, parameters: str) -> int:
     """Write the whole set into a new folder, the marker last, and return the images' bytes."""
     out.mkdir()
     ends = [end * count // FEWEST for end in itertools.accumulate(SHARES.values(), initial=0)]
     spans = [range(start, end) for start, end in itertools.pairwise(ends)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = (wheel / name for name in SHARES)
-        written = sum(pool.map(cut_class, sources, spans, itertools.repeat(out), itertools.repeat(size)))
+        work = functools.partial(cut_class, out=out, size=size, views=views)
+        written = sum(pool.map(work, sources, spans))
     table = "\n".join(line for line in (__doc__ or "").splitlines() if line.startswith("|"))
     text = f"# Crops of photographs, written by launch/photographs.py\n\n{parameters}\n\n{table}\n"
     (out / MARKER).write_text(text, encoding="utf-8")
@@ -159,9 +166,9 @@ def holds_set(out: Path, parameters: str) -> bool:
     return marker.is_file() and parameters in marker.read_text("utf-8", errors="replace").splitlines()
 
 
-def make(out: Path, count: int, size: tuple[int, int]) -> str:
+def make(out: Path, count: int, size: tuple[int, int], views: int) -> str:
     """Bring the set into being where it is not there yet, and return what was done as a sentence."""
-    parameters = f"count {count}, size {size[0]} to {size[1]}, recipe {RECIPE}"
+    parameters = f"count {count}, size {size[0]} to {size[1]}, views {views}, recipe {RECIPE}"
     if holds_set(out, parameters):
         return f"{out} already holds this set ({parameters}); nothing to do."
     if out.exists():
@@ -170,7 +177,7 @@ def make(out: Path, count: int, size: tuple[int, int]) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         # One folder deeper: the temporary one is closed to other users, which the set must not be.
-        written = write_set(Path(scratch, out.name), wheel, count, size, parameters)
+        written = write_set(Path(scratch, out.name), wheel, count, size, views, parameters)
         Path(scratch, out.name).rename(out)
     seconds = time.monotonic() - start
     return f"{out}: {count} images of {len(SHARES)} photographs, {written / 1e6:.1f} MB, {seconds:.1f} s."
@@ -183,15 +190,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=2000, help="images in all (default: %(default)s)")
     bounds = "bounds of the crops' shorter side in pixels (default: 96 256)"
     parser.add_argument("--size", type=int, nargs=2, default=[96, 256], metavar=("MIN", "MAX"), help=bounds)
+    parser.add_argument("--views", type=int, default=0, help="windows a photograph (default: each crop its own)")
     options = parser.parse_args(arguments)
     low, high = options.size
     if options.count < FEWEST:
         refuse(f"--count must be at least {FEWEST}, so that each photograph has a crop.")
     if not 16 <= low <= high <= LARGEST_SIDE:
         refuse(f"--size must be two numbers MIN <= MAX from 16 to {LARGEST_SIDE}.")
+    if options.views < 0:
+        refuse("--views must be 0 (each crop its own window) or a number of windows.")
     out = options.out.resolve()
     try:
-        print(make(out, options.count, (low, high)))
+        print(make(out, options.count, (low, high), options.views))
     except OSError as error:
         refuse(f"{out} cannot be written ({error}): name an OUT_DIR that can be, with room for it.")
 

@@ -3,11 +3,13 @@
 A checkpoint exists when its COMPLETE.json does, which is written last and deleted first.
 """
 
+import hashlib
 import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MARKER = "COMPLETE.json"
 log = logging.getLogger(__name__)
@@ -31,38 +33,57 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint folder and what its marker says."""
 
     path: Path
     step: int
-    world_size: int
-    zero_stage: int
+    files: dict[str, list[Any]]  # size in bytes and sha256 of each, by the path inside the folder
+
+    def altered(self, first: int = 0, stride: int = 1) -> list[str]:
+        """Those files whose bytes are not what was written, among files number `first`, first + stride, ..."""
+        names = sorted(self.files)[first::stride]
+        return [name for name in names if sha256(self.path / name) != self.files[name][1]]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder.
+    """The checkpoint in a folder; the bytes of its files are not looked at.
 
     Raises:
         ValueError: its marker is missing, or a file that the marker names is missing or has another size.
     """
     try:
         marker = json.loads((path / MARKER).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = Checkpoint(path, marker["step"], marker["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no complete checkpoint: {MARKER} is missing or unreadable.") from error
-    for name, size in marker["files"].items():
+    for name, (size, _) in found.files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{path} is damaged: {name} is missing or not of {size} bytes.")
-    return Checkpoint(path, marker["step"], marker["world_size"], marker["zero_stage"])
+    return found
+
+
+def steps_of(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, complete or not, newest first."""
+    return sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True)
 
 
 def newest_complete(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run folder that is complete; damaged ones are named in the log and passed over."""
-    for path in sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True):
+    """The newest checkpoint of a run folder that is whole; damaged ones are named in the log and passed over."""
+    for path in steps_of(run_dir):
         try:
-            return read_checkpoint(path)
+            found = read_checkpoint(path)
+            if altered := found.altered():
+                raise ValueError(f"{path} is damaged: {altered[0]} is not what was written.")
+            return found
         except ValueError as error:
             log.warning("%s It is passed over.", error)
     return None

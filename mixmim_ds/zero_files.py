@@ -1,19 +1,29 @@
-"""What DeepSpeed's checkpoint files hold, read tensor by tensor: the fp32 masters in pieces, one file per process.
+"""What DeepSpeed's checkpoint files hold, read tensor by tensor: masters and Adam's moments, one file per process.
 
-DeepSpeed's own `zero_to_fp32` joins everything in memory under ZeRO-1 and 2, and refuses the files of ZeRO-1 in bf16
-with fp32 accumulation, which is what we train with. The layout, as stage_1_and_2.py, bf16_optimizer.py and stage3.py
-write it: under ZeRO-1 and 2 the tensors of a parameter group follow each other in one vector, which is cut into equal
-parts for the processes; under ZeRO-3 every tensor is cut into equal parts, and a process holds its parts in a row.
+DeepSpeed's own readers join everything in memory, refuse the files of ZeRO-1 in bf16 with fp32 accumulation (which we
+train with), want the same number of processes and the same stage, or run whatever code a file holds. The layout, as
+stage_1_and_2.py, bf16_optimizer.py and stage3.py write it: under ZeRO-1 and 2 the tensors of a parameter group follow
+each other in one vector, which is cut into equal parts for the processes; under ZeRO-3 every tensor is cut into equal
+parts, and a process holds its parts in a row.
 """
 
+import pickle
 import re
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# What DeepSpeed's files hold beside tensors; a file that asks for anything else is not read.
+HARMLESS = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+Shapes = list[dict[str, torch.Size]]  # of the parameters, by group
 
 
 @dataclass(frozen=True)
@@ -33,28 +43,45 @@ class Scattered:
         return torch.cat(self.pieces)[: self.shape.numel()].view(self.shape)
 
 
-def read_masters(folder: Path) -> dict[str, Scattered]:
-    """The fp32 parameters and the buffers in a checkpoint folder of any ZeRO stage, by name.
+@dataclass(frozen=True)
+class Saved:
+    """The state of a run, by the parameters' names."""
 
-    The files are unpickled: read only those of our own runs.
+    masters: dict[str, Scattered]  # fp32 parameters
+    moments: dict[str, dict[str, Scattered]]  # Adam's: "exp_avg" and "exp_avg_sq"
+    updates: int  # that Adam has counted
+    buffers: dict[str, Scattered]
+
+
+def read_saved(folder: Path) -> Saved:
+    """The state in a checkpoint folder of any ZeRO stage and number of processes; a tensor is read when asked for.
 
     Raises:
         ValueError: files are missing, damaged or not DeepSpeed's.
     """
     try:
         state = _load(min(folder.glob("*model_states.pt"), key=_rank))
-        files = sorted(folder.glob("*optim_states.pt"), key=_rank)
-        ranks = [_load(file)["optimizer_state_dict"] for file in files]
-        cut = _cut_by_tensor if "fp32_flat_groups" in ranks[0] else _cut_by_group
-        masters = cut(ranks, state["param_shapes"])
+        ranks = [_load(file)["optimizer_state_dict"] for file in sorted(folder.glob("*optim_states.pt"), key=_rank)]
+        by_tensor = "fp32_flat_groups" in ranks[0]
+        vectors = [rank["fp32_flat_groups" if by_tensor else "single_partition_of_fp32_groups"] for rank in ranks]
+        adam = [rank["optimizer_state_dict" if by_tensor else "base_optimizer_state"]["state"] for rank in ranks]
+        cut = _cut_by_tensor if by_tensor else _cut_by_group
+        shapes, gaps = state["param_shapes"], ranks[0].get("param_alignment_paddings")
+        masters = cut(vectors, shapes, gaps)
+        moments = {
+            key: cut([[group[key] for _, group in sorted(groups.items())] for groups in adam], shapes, gaps)
+            for key in MOMENTS
+        }
         buffers = {name: state["module"][name] for name in state["buffer_names"]}
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder} cannot be read as a checkpoint of DeepSpeed's: {error}.") from error
-    return masters | {name: Scattered([buffer.flatten()], buffer.shape) for name, buffer in buffers.items()}
+    scattered = {name: Scattered([buffer.flatten()], buffer.shape) for name, buffer in buffers.items()}
+    return Saved(masters, moments, int(adam[0][0]["step"]), scattered)
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    with torch.serialization.safe_globals(HARMLESS):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _rank(path: Path) -> int:
@@ -63,29 +90,26 @@ def _rank(path: Path) -> int:
     return int(number[1]) if number else 0
 
 
-def _cut_by_group(ranks: list[dict[str, Any]], groups: list[dict[str, torch.Size]]) -> dict[str, Scattered]:
+def _cut_by_group(ranks: list[list[Tensor]], groups: Shapes, paddings: list[list[int]] | None) -> dict[str, Scattered]:
     """ZeRO-1 and 2: each group's vector goes on from process to process."""
     found: dict[str, Scattered] = {}
     for number, shapes in enumerate(groups):
-        vector = [rank["single_partition_of_fp32_groups"][number] for rank in ranks]
-        # ZeRO-2 starts each tensor at a multiple of 16 bytes.
-        paddings = ranks[0].get("param_alignment_paddings")
-        gaps = paddings[number] if paddings else [0] * len(shapes)
+        vector = [rank[number] for rank in ranks]
         start = 0
-        for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
+        # ZeRO-2 starts each tensor at a multiple of 16 bytes.
+        for (name, shape), gap in zip(shapes.items(), paddings[number] if paddings else repeat(0), strict=False):
             found[name] = Scattered(_cut(vector, start, shape.numel()), shape)
             start += shape.numel() + gap
     return found
 
 
-def _cut_by_tensor(ranks: list[dict[str, Any]], groups: list[dict[str, torch.Size]]) -> dict[str, Scattered]:
+def _cut_by_tensor(ranks: list[list[Tensor]], groups: Shapes, paddings: None) -> dict[str, Scattered]:
     """ZeRO-3: every process holds the same part of every tensor."""
     found: dict[str, Scattered] = {}
     start = 0
     for name, shape in ((name, shape) for shapes in groups for name, shape in shapes.items()):
         part = -(-shape.numel() // len(ranks))
-        pieces = [piece for rank in ranks for piece in _cut(rank["fp32_flat_groups"], start, part)]
-        found[name] = Scattered(pieces, shape)
+        found[name] = Scattered([piece for rank in ranks for piece in _cut(rank, start, part)], shape)
         start += part
     return found
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import Checkpoint, newest_complete, read_checkpoint
 from mixmim_ds.models import MixMIM
-from mixmim_ds.zero_files import Scattered, read_masters
+from mixmim_ds.zero_files import Scattered, read_saved
 
 ENCODER = "encoder."
 
@@ -50,7 +50,8 @@ def read_weights(source: Path) -> Weights:
         model = MixMIM(
             options.encoder, options.img_size, options.decoder_dim, options.decoder_depth, options.decoder_num_heads
         )
-    tensors = read_masters(checkpoint.path)
+    saved = read_saved(checkpoint.path)
+    tensors = saved.masters | saved.buffers
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -1,16 +1,21 @@
-"""Saving a run so that no moment of death loses it, and going on from there."""
+"""Saving a run so that no moment of death loses it, and finding what was saved."""
 
 import json
+import logging
 import shutil
+from collections import ChainMap
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mixmim_ds.checkpoints import MARKER, newest_complete, sync, write_whole
+from mixmim_ds.checkpoints import MARKER, Checkpoint, read_checkpoint, sha256, steps_of, sync, write_whole
 from mixmim_ds.config import RunConfig
 from mixmim_ds.train.distributed import World, on_first_rank
-from mixmim_ds.train.engine import zero_stage
+
+log = logging.getLogger("mixmim_ds")
 
 
 def save(engine: DeepSpeedEngine, config: RunConfig, world: World, step: int) -> None:
@@ -23,28 +28,35 @@ def save(engine: DeepSpeedEngine, config: RunConfig, world: World, step: int) ->
     path, unfinished = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
     on_first_rank(world, lambda: _clear(folder, path))
     engine.save_checkpoint(str(folder), tag=unfinished.name, save_latest=False)
-    on_first_rank(world, lambda: _complete(unfinished, path, step, world.size, zero_stage(config)))
+    files = _seal(unfinished, world)
+    on_first_rank(world, lambda: _complete(unfinished, path, step, files))
     on_first_rank(world, lambda: _prune(folder, config.train.keep_last, config.train.keep_every))
 
 
 def _clear(folder: Path, path: Path) -> None:
-    """Removes what killed saves left behind, and a damaged checkpoint of the same step."""
+    """Removes what killed saves left behind, and an older checkpoint of the same step."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob("*.tmp"), path]:
-        _remove(leftover)
+    if path.exists():
+        _remove(path)
+    for leftover in folder.glob("*.tmp"):
+        shutil.rmtree(leftover)
 
 
-def _complete(unfinished: Path, path: Path, step: int, world_size: int, stage: int) -> None:
+def _seal(unfinished: Path, world: World) -> dict[str, list[Any]]:
+    """Sees every file onto the disk; size and digest of each, the work shared by all ranks."""
     files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-    for file in [*files, unfinished]:
+    own = {}
+    for file in files[world.rank :: world.size]:
         sync(file)
-    marker = {
-        "step": step,
-        "world_size": world_size,
-        "zero_stage": stage,
-        "files": {str(file.relative_to(unfinished)): file.stat().st_size for file in files},
-    }
-    write_whole(unfinished / MARKER, json.dumps(marker, indent=1))
+        own[str(file.relative_to(unfinished))] = [file.stat().st_size, sha256(file)]
+    shares: list[Any] = [None] * world.size
+    dist.all_gather_object(shares, own, group=world.control)
+    return dict(ChainMap(*shares))
+
+
+def _complete(unfinished: Path, path: Path, step: int, files: dict[str, list[Any]]) -> None:
+    sync(unfinished)
+    write_whole(unfinished / MARKER, json.dumps({"step": step, "files": files}, indent=1))
     unfinished.rename(path)
     write_whole(path.parent / "latest", path.name)
 
@@ -57,25 +69,43 @@ def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
-        (path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path)
+    """In two steps: half a checkpoint must not bear a checkpoint's name."""
+    condemned = path.with_name(path.name + ".tmp")
+    path.rename(condemned)
+    shutil.rmtree(condemned)
 
 
-def resume(engine: DeepSpeedEngine, config: RunConfig, world: World) -> int:
-    """Loads the newest complete checkpoint of the run folder, if there is one; the number of steps it has done.
+def find(config: RunConfig, world: World) -> Checkpoint | None:
+    """The newest checkpoint of the run folder that is whole to the last byte, the reading shared by all ranks.
 
-    Raises:
-        ValueError: the checkpoint was written by another number of processes or under another ZeRO stage.
+    Damaged ones are named in the log and set aside as step_N.damaged.
     """
-    found = on_first_rank(world, lambda: newest_complete(Path(config.run_dir)))
-    if found is None:
-        return 0
-    if (found.world_size, found.zero_stage) != (world.size, zero_stage(config)):
-        raise ValueError(
-            f"{found.path} was written by {found.world_size} processes under ZeRO-{found.zero_stage}; this start has "
-            f"{world.size} under ds={config.ds}: start it as before, or with another run_dir."
-        )
-    engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
-    dist.barrier()
-    return found.step
+    folder = Path(config.run_dir)
+    found: Checkpoint | None = on_first_rank(world, lambda: _newest(folder))
+    while found is not None:
+        shares: list[Any] = [None] * world.size
+        dist.all_gather_object(shares, found.altered(world.rank, world.size), group=world.control)
+        altered = sorted(name for share in shares for name in share)
+        if not altered:
+            break
+        reason = f"{found.path} is damaged: {altered[0]} is not what was written."
+        on_first_rank(world, partial(_set_aside, found.path, reason))
+        found = on_first_rank(world, lambda: _newest(folder))
+    return found
+
+
+def _newest(run_dir: Path) -> Checkpoint | None:
+    for path in steps_of(run_dir):
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            _set_aside(path, str(error))
+    return None
+
+
+def _set_aside(path: Path, reason: str) -> None:
+    aside = path.with_name(path.name + ".damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    log.warning("%s It is set aside as %s; the one before it is used.", reason, aside.name)

@@ -27,7 +27,9 @@ from mixmim_ds.train.engine import accumulation, build_engine, set_lr
 from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import Schedule
 from mixmim_ds.train.pictures import COLUMNS, draw
+from mixmim_ds.train.restore import load_weights, restore
 from mixmim_ds.train.run_folder import open_run_folder
+from mixmim_ds.zero_files import read_saved
 
 log = logging.getLogger("mixmim_ds")
 
@@ -42,11 +44,10 @@ def pretrain(config: RunConfig) -> int:
     try:
         stop = StopRequest(world)
         run = _prepare(config, world)
-        start = checkpoint.resume(run.engine, config, world)
-        if start >= run.last:
+        if run.start >= run.last:
             log.info("this run has already done its %s steps; nothing is left to do", f"{run.last:,}")
             return 0
-        return _train(run, start, stop)
+        return _train(run, stop)
     finally:
         disconnect()
 
@@ -61,6 +62,7 @@ class Run:
     engine: DeepSpeedEngine
     schedule: Schedule
     turns: int  # micro-batches of a step on this rank
+    start: int  # steps that an earlier start of the run has done
     last: int  # the step after which the run ends
     flops_per_image: int
 
@@ -89,8 +91,22 @@ def _prepare(config: RunConfig, world: World) -> Run:
         )
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
-    flops = model.flops_per_image()
-    return Run(config, world, loader, build_engine(config, model, world), schedule, turns, last, flops)
+    flops = model.flops_per_image()  # before ZeRO-3 takes the weights apart
+    start, engine = _resume(config, model, world)
+    return Run(config, world, loader, engine, schedule, turns, start, last, flops)
+
+
+def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
+    """The engine, in the state of the run folder's newest whole checkpoint if it has one, and the steps done."""
+    found = checkpoint.find(config, world)
+    if found is None:
+        return 0, build_engine(config, model, world)
+    saved = read_saved(found.path)
+    load_weights(model, saved)
+    engine = build_engine(config, model, world)
+    restore(engine, saved, found.step)
+    log.info("going on from %s", found.path)
+    return found.step, engine
 
 
 def _build_model(config: RunConfig) -> MixMIM:
@@ -111,8 +127,8 @@ def _find_images(config: RunConfig, world: World) -> Index | None:
     return open_index(root, index_dir)
 
 
-def _train(run: Run, start: int, stop: StopRequest) -> int:
-    config, train, engine, world = run.config, run.config.train, run.engine, run.world
+def _train(run: Run, stop: StopRequest) -> int:
+    config, train, engine, world, start = run.config, run.config.train, run.engine, run.world, run.start
     metrics = Metrics(
         Path(config.run_dir), world, start, run.last, train.global_batch, run.flops_per_image, config.precision
     )
