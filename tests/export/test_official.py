@@ -224,7 +224,9 @@ def test_a_file_is_replaced_by_a_whole_one_or_not_at_all(tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match=r"none/b.pth cannot be written \(.+\); choose another place"):
         save_official(encoder(5), tmp_path / "none" / "b.pth")
     model = encoder(5)
-    save_official(model, path)
+    with path.open("rb") as reader:
+        save_official(model, path)
+        assert reader.read() == before, "whoever has the old file open still reads the old one"
     assert os.listdir(tmp_path) == ["a.pth"]
     assert torch.equal(torch.load(path)["model"]["head.weight"], model.head.fc.weight)
 
