@@ -9,7 +9,6 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 MARKER = "COMPLETE.json"
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    files: dict[str, list[Any]]  # size in bytes and sha256 of each, by the path inside the folder
+    files: dict[str, tuple[int, str]]  # size in bytes and sha256 of each, by the path inside the folder
 
     def altered(self, first: int = 0, stride: int = 1) -> list[str]:
         """Those files whose bytes are not what was written, among files number `first`, first + stride, ..."""
@@ -61,10 +60,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         marker = json.loads((path / MARKER).read_text())
-        found = Checkpoint(path, marker["step"], marker["files"])
+        files = {name: (size, digest) for name, (size, digest) in marker["files"].items()}
+        found = Checkpoint(path, marker["step"], files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no complete checkpoint: {MARKER} is missing or unreadable.") from error
-    for name, (size, _) in found.files.items():
+    for name, (size, _) in files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{path} is damaged: {name} is missing or not of {size} bytes.")

@@ -52,3 +52,23 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 def numbers(run_dir: Path) -> list[tuple[int, float, float, float]]:
     """What a run computed, without what it took: step, loss, lr and gradient norm."""
     return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows(run_dir)]
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs launch/convert.py."""
+    command = [sys.executable, "launch/convert.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def converted(*arguments: object) -> Path:
+    """Runs launch/convert.py to a good end; returns what it wrote, named last of the plain arguments."""
+    done = convert(*arguments)
+    assert done.returncode == 0, done.stderr
+    return Path([str(word) for word in arguments if not str(word).startswith("--")][-1])
+
+
+def refusal(*arguments: object) -> str:
+    """Runs launch/convert.py into a mistake; returns the sentence that tells it."""
+    done = convert(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stderr.splitlines()[-1]

@@ -73,22 +73,32 @@ def build_official(path: str | Path) -> MixMIM | MixMIMTransformer:
         ValueError: as `load_official`, or the file is of none of the registered sizes.
     """
     file = read_official(path)
-    img_size = file.img_size
-    if img_size is None or file.channels not in _NAMES:
-        raise ValueError(
-            f"{path} has a position table of {list(file.encoder[_TABLE].shape)}, which is of no registered encoder at "
-            "a square img_size; create the model yourself and use load_official."
-        )
-    name = _NAMES[file.channels]
-    if timm.is_model(f"{name}_{img_size}"):
-        name = f"{name}_{img_size}"
-    model: MixMIM | MixMIMTransformer
-    if file.decoder:
-        model = MixMIM(name, img_size)
-    else:
-        model = timm.create_model(name, img_size=img_size, num_classes=file.num_classes)
+    if not file.decoder:
+        return build_encoder(file)
+    name, img_size = _registered(file)
+    model = MixMIM(name, img_size)
     _load(model, file)
     return model
+
+
+def build_encoder(file: OfficialFile) -> MixMIMTransformer:
+    """The encoder in a file, with its head if it has one. ValueError as `build_official`."""
+    name, img_size = _registered(file)
+    encoder: MixMIMTransformer = timm.create_model(name, img_size=img_size, num_classes=file.num_classes)
+    _load(encoder, file)
+    return encoder
+
+
+def _registered(file: OfficialFile) -> tuple[str, int]:
+    """The file's encoder by its name in timm, and its image size."""
+    if file.img_size is None or file.channels not in _NAMES:
+        raise ValueError(
+            f"{file.path} has a position table of {list(file.encoder[_TABLE].shape)}, which is of no registered "
+            "encoder at a square img_size; create the model yourself and use load_official."
+        )
+    name = _NAMES[file.channels]
+    with_size = f"{name}_{file.img_size}"
+    return with_size if timm.is_model(with_size) else name, file.img_size
 
 
 def load_official(model: MixMIM | MixMIMTransformer, path: str | Path) -> None:

@@ -1,5 +1,7 @@
-"""A run's encoder as a folder that `timm.create_model("local-dir:FOLDER")` loads."""
+"""A run's encoder, or the authors', as a folder that `timm.create_model("local-dir:FOLDER")` loads."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,49 +10,72 @@ from timm.models._hub import save_config_for_hf
 
 from mixmim_ds.checkpoints import Checkpoint
 from mixmim_ds.export.architecture import architecture_source
-from mixmim_ds.export.card import model_card
-from mixmim_ds.export.files import new_folder, write_safetensors
+from mixmim_ds.export.card import card_of_file, card_of_run
+from mixmim_ds.export.files import Pieces, new_folder, write_safetensors
+from mixmim_ds.export.official import build_encoder, read_official
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import MixMIMTransformer
 
-ARCHITECTURE_FILE = "mixmim.py"
+WEIGHTS_FILE, DECODER_FILE, ARCHITECTURE_FILE = "model.safetensors", "decoder.safetensors", "mixmim.py"
 
 
-def export(
-    source: Path,
-    out: Path,
-    dtype: torch.dtype = torch.float32,
-    with_decoder: bool = False,
-    architecture_file: bool = False,
-) -> Checkpoint:
+@dataclass(frozen=True)
+class Form:
+    """What an export is to hold."""
+
+    dtype: torch.dtype = torch.float32  # of the weights written, or bfloat16
+    with_decoder: bool = False  # also decoder.safetensors, the tensors that only pretraining needs
+    architecture_file: bool = False  # also mixmim.py, the encoder without this package, for those who have timm alone
+
+
+def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
     """Writes the encoder of a run's newest complete checkpoint, or of the checkpoint folder given, to `out`.
 
-    `out` gets model.safetensors (the optimizer's fp32 masters), config.json and README.md, all read back and compared;
-    it appears only when all is well.
-
-    Args:
-        dtype: of the weights written, float32 or bfloat16.
-        with_decoder: also writes decoder.safetensors, the tensors that only pretraining needs.
-        architecture_file: also writes mixmim.py, the encoder without this package, for those who have timm alone.
+    `out` gets model.safetensors (the optimizer's fp32 masters), config.json and README.md; the weights are read back
+    and compared, and `out` appears only when all is well. It takes the memory of the fp32 weights, no GPU and no
+    process group.
 
     Raises:
         ValueError: there is no complete checkpoint or it holds another model than its run says, or `out` exists or
             cannot be written.
     """
     weights = read_weights(source)
-    with new_folder(out) as draft:
-        write_safetensors(draft / "model.safetensors", weights.encoder, dtype)
-        if with_decoder:
-            write_safetensors(draft / "decoder.safetensors", weights.decoder, dtype)
-        write_config(draft, weights.model.encoder, weights.config.data)
-        (draft / "README.md").write_text(model_card(weights, out.name, dtype))
-        if architecture_file:
-            (draft / ARCHITECTURE_FILE).write_text(architecture_source())
+    data = {"mean": tuple(weights.config.data.mean), "std": tuple(weights.config.data.std)}
+    decoder = weights.decoder if form.with_decoder else {}
+    _write(out, form, weights.model.encoder, weights.encoder, decoder, card_of_run(weights, out.name, form.dtype), data)
     return weights.checkpoint
 
 
-def write_config(folder: Path, encoder: MixMIMTransformer, data: Any) -> None:
-    """config.json of timm's hub layout; mean and std are those that the images of pretraining were normalised with."""
-    save_config_for_hf(
-        encoder, str(folder / "config.json"), data_config={"mean": tuple(data.mean), "std": tuple(data.std)}
-    )
+def export_file(source: Path, out: Path, form: Form) -> None:
+    """Writes the encoder in a checkpoint of the authors or of OpenMMLab, head included, to `out`, as `export_run` does.
+
+    Raises:
+        ValueError: the file cannot be read or is of no registered size, has no decoder although one is asked for, or
+            `out` exists or cannot be written.
+    """
+    file = read_official(source)
+    if form.with_decoder and not file.decoder:
+        raise ValueError(f"--with-decoder: {source} holds no decoder; leave the option out.")
+    encoder, decoder = build_encoder(file), file.decoder if form.with_decoder else {}
+    card = card_of_file(encoder, source, out.name, form.dtype)
+    _write(out, form, encoder, encoder.state_dict(), decoder, card, {})
+
+
+def _write(
+    out: Path,
+    form: Form,
+    encoder: MixMIMTransformer,
+    tensors: Mapping[str, Pieces],
+    decoder: Mapping[str, Pieces],
+    card: str,
+    data: dict[str, Any],
+) -> None:
+    """`data`: mean and std of the images in pretraining, where they are not those of the encoder's pretrained_cfg."""
+    with new_folder(out) as draft:
+        write_safetensors(draft / WEIGHTS_FILE, tensors, form.dtype)
+        if decoder:
+            write_safetensors(draft / DECODER_FILE, decoder, form.dtype)
+        save_config_for_hf(encoder, str(draft / "config.json"), data_config=data)
+        (draft / "README.md").write_text(card)
+        if form.architecture_file:
+            (draft / ARCHITECTURE_FILE).write_text(architecture_source())

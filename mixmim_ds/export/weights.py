@@ -45,11 +45,8 @@ def read_weights(source: Path) -> Weights:
     checkpoint = _find(source)
     run_dir = checkpoint.path.parent.parent
     config = _read_config(run_dir)
-    options = config.model
     with torch.device("meta"):
-        model = MixMIM(
-            options.encoder, options.img_size, options.decoder_dim, options.decoder_depth, options.decoder_num_heads
-        )
+        model = build_model(config)
     saved = read_saved(checkpoint.path)
     tensors = saved.masters | saved.buffers
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -57,10 +54,16 @@ def read_weights(source: Path) -> Weights:
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise ValueError(
-            f"{checkpoint.path} holds another model than model.encoder={options.encoder} at {options.img_size} pixels, "
-            f"which {run_dir / 'config.yaml'} names: {len(wrong)} tensors differ, the first is {wrong[0]}."
+            f"{checkpoint.path} holds another model than model.encoder={config.model.encoder} at "
+            f"{config.model.img_size} pixels, which {run_dir / 'config.yaml'} names: {len(wrong)} tensors differ, the first is {wrong[0]}."
         )
     return Weights(checkpoint, config, model, tensors)
+
+
+def build_model(config: Any) -> MixMIM:
+    """The model that a run's options describe, with random weights."""
+    model = config.model
+    return MixMIM(model.encoder, model.img_size, model.decoder_dim, model.decoder_depth, model.decoder_num_heads)
 
 
 def _find(source: Path) -> Checkpoint:

@@ -149,6 +149,7 @@ class MixMIMTransformer(nn.Module):
     """
 
     absolute_pos_embed: Tensor
+    pretrained_cfg: dict[str, Any]  # timm sets it
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from launching import ROOT
+from launching import ROOT, converted, refusal
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -35,28 +35,10 @@ def own(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/convert.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
-def refusal(*arguments: object) -> str:
-    done = convert(*arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.splitlines()[-1]
-
-
-def exported(source: Path, out: Path, *options: str) -> Path:
-    done = convert(source, out, *options)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
 @pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_features_are_those_of_the_live_encoder(ds: str, stage_run: Callable[[str, str], Path], tmp_path: Path) -> None:
     folder = stage_run(ds, "fp32")
-    encoder = timm.create_model(f"local-dir:{exported(folder, tmp_path / 'timm')}", pretrained=True).eval()
+    encoder = timm.create_model(f"local-dir:{converted(folder, tmp_path / 'timm')}", pretrained=True).eval()
     live = MixMIM("mixmim_tiny", 64, decoder_dim=256, decoder_depth=2, decoder_num_heads=8).eval()
     _, working = torch.load(folder / "live.pt")
     live.load_state_dict(working | {name: buffer for name, buffer in live.named_buffers()}, strict=False)
@@ -67,7 +49,7 @@ def test_features_are_those_of_the_live_encoder(ds: str, stage_run: Callable[[st
 @pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_a_bf16_run_gives_its_fp32_masters(ds: str, stage_run: Callable[[str, str], Path], tmp_path: Path) -> None:
     folder = stage_run(ds, "bf16")
-    out = exported(folder, tmp_path / "timm", "--with-decoder")
+    out = converted(folder, tmp_path / "timm", "--with-decoder")
     masters, working = torch.load(folder / "live.pt")
     written = load_file(out / "decoder.safetensors")
     written |= {f"encoder.{name}": tensor for name, tensor in load_file(out / "model.safetensors").items()}
@@ -78,7 +60,7 @@ def test_a_bf16_run_gives_its_fp32_masters(ds: str, stage_run: Callable[[str, st
 
 
 def test_encoder_and_decoder_make_the_whole_model(trained: Path, tmp_path: Path) -> None:
-    out = exported(trained, tmp_path / "timm", "--with-decoder")
+    out = converted(trained, tmp_path / "timm", "--with-decoder")
     model = MixMIM("mixmim_tiny", 64, decoder_dim=256, decoder_depth=2, decoder_num_heads=8)
     model.encoder.load_state_dict(load_file(out / "model.safetensors"))
     left = model.load_state_dict(load_file(out / "decoder.safetensors"), strict=False)
@@ -89,7 +71,7 @@ def test_encoder_and_decoder_make_the_whole_model(trained: Path, tmp_path: Path)
 
 
 def test_timm_loads_it_by_folder_and_by_file(trained: Path, tmp_path: Path) -> None:
-    out = exported(trained, tmp_path / "timm")
+    out = converted(trained, tmp_path / "timm")
     whole = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     classifier = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=10).eval()
     by_name = timm.create_model(
@@ -103,7 +85,7 @@ def test_timm_loads_it_by_folder_and_by_file(trained: Path, tmp_path: Path) -> N
 
 
 def test_config_and_card_say_what_it_is(trained: Path, tmp_path: Path) -> None:
-    out = exported(trained, tmp_path / "timm")
+    out = converted(trained, tmp_path / "timm")
     config = json.loads((out / "config.json").read_text())
     assert (config["architecture"], config["num_features"]) == ("mixmim_tiny", 256)
     about = config["pretrained_cfg"]
@@ -117,15 +99,15 @@ def test_config_and_card_say_what_it_is(trained: Path, tmp_path: Path) -> None:
 
 
 def test_half_the_bytes_on_request(trained: Path, tmp_path: Path) -> None:
-    full = load_file(exported(trained, tmp_path / "fp32") / "model.safetensors")
-    half = load_file(exported(trained, tmp_path / "bf16", "--dtype", "bf16") / "model.safetensors")
+    full = load_file(converted(trained, tmp_path / "fp32") / "model.safetensors")
+    half = load_file(converted(trained, tmp_path / "bf16", "--dtype=bf16") / "model.safetensors")
     assert full.keys() == half.keys()
     for name, tensor in full.items():
         assert torch.equal(half[name], tensor.bfloat16())
 
 
 def test_the_architecture_file_needs_timm_alone(trained: Path, tmp_path: Path) -> None:
-    out = exported(trained, tmp_path / "timm", "--architecture-file")
+    out = converted(trained, tmp_path / "timm", "--architecture-file")
     torch.save(IMAGES, tmp_path / "images.pt")
     script = (
         "import sys; sys.modules['mixmim_ds'] = sys.modules['deepspeed'] = None; sys.path.insert(0, sys.argv[1])\n"
@@ -142,9 +124,9 @@ def test_the_architecture_file_needs_timm_alone(trained: Path, tmp_path: Path) -
 
 def test_one_checkpoint_of_several_can_be_named(trained: Path, tmp_path: Path) -> None:
     (checkpoint,) = (trained / "checkpoints").glob("step_*")
-    out = exported(checkpoint, tmp_path / "timm")
+    out = converted(checkpoint, tmp_path / "timm")
     assert (out / "model.safetensors").read_bytes() == (
-        exported(trained, tmp_path / "again") / "model.safetensors"
+        converted(trained, tmp_path / "again") / "model.safetensors"
     ).read_bytes()
 
 
@@ -230,7 +212,7 @@ def test_killed_while_it_writes_it_leaves_no_half(trained: Path, tmp_path: Path)
     """Killed four times, each at a random moment after the first file was begun."""
     dice = random.Random(2205)
     out, draft = tmp_path / "out", tmp_path / "out.tmp"
-    whole = exported(trained, tmp_path / "whole", "--with-decoder")
+    whole = converted(trained, tmp_path / "whole", "--with-decoder")
     expected = {file.name: file.read_bytes() for file in whole.iterdir()} | {"README.md": None}
     command = [sys.executable, "launch/convert.py", str(trained), str(out), "--with-decoder"]
     for _ in range(4):
@@ -247,5 +229,5 @@ def test_killed_while_it_writes_it_leaves_no_half(trained: Path, tmp_path: Path)
             assert found == expected
             shutil.rmtree(out)
     (draft / "left").mkdir(parents=True)
-    exported(trained, out, "--with-decoder")
+    converted(trained, out, "--with-decoder")
     assert not draft.exists() and not (out / "left").exists()

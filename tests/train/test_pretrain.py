@@ -94,16 +94,32 @@ def test_fp32_is_plain_torch_to_six_digits(options: list[str], tmp_path: Path) -
 
 
 def test_ten_and_ten_steps_are_twenty_to_the_last_digit(options: list[str], tmp_path: Path) -> None:
-    for ds in ("zero1", "zero3"):
-        straight, broken = tmp_path / f"straight-{ds}", tmp_path / f"broken-{ds}"
-        run("deepspeed", *options, f"run_dir={straight}", f"ds={ds}", "train.max_steps=20")
-        run("deepspeed", *options, f"run_dir={broken}", f"ds={ds}", "train.max_steps=10")
-        printed = run("deepspeed", *options, f"run_dir={broken}", f"ds={ds}", "train.max_steps=20")
-        assert "step 11/20" in printed and "step 10/20" not in printed, "it goes on where it stopped"
-        assert numbers(broken) == numbers(straight)
-        if ds == "zero1":
-            again = run("deepspeed", *options, f"run_dir={broken}", f"ds={ds}", "train.max_steps=20")
-            assert "nothing is left to do" in again and numbers(broken) == numbers(straight)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run("deepspeed", *options, f"run_dir={straight}", "train.max_steps=20")
+    run("deepspeed", *options, f"run_dir={broken}", "train.max_steps=10")
+    printed = run("deepspeed", *options, f"run_dir={broken}", "train.max_steps=20")
+    assert "step 11/20" in printed and "step 10/20" not in printed, "it goes on where it stopped"
+    assert numbers(broken) == numbers(straight)
+    again = run("deepspeed", *options, f"run_dir={broken}", "train.max_steps=20")
+    assert "nothing is left to do" in again and numbers(broken) == numbers(straight)
+
+
+@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+def test_two_and_two_steps_are_four_to_the_last_digit(
+    ds: str, options: list[str], stage_run: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    for steps in (2, 4):
+        run("deepspeed", *options, f"run_dir={broken}", f"ds={ds}", f"train.max_steps={steps}")
+    assert numbers(broken) == numbers(stage_run(ds, "bf16"))
+
+
+@pytest.fixture(scope="module")
+def twelve(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("twelve") / "run"
+    run("deepspeed", *small_run, f"run_dir={folder}", "train.max_steps=12")
+    return folder
 
 
 def start(*overrides: str) -> subprocess.Popen:
@@ -136,9 +152,8 @@ def pid_of_rank(process: subprocess.Popen, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_a_signal_to_one_rank_stops_all_with_everything_saved(options: list[str], tmp_path: Path) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    run("deepspeed", *options, f"run_dir={straight}", "train.max_steps=12")
+def test_a_signal_to_one_rank_stops_all_with_everything_saved(options: list[str], twelve: Path, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
     process = start(*options, f"run_dir={stopped}", "train.max_steps=12")
     read_until(process, "step 3/12")
     os.kill(pid_of_rank(process, 1), signal.SIGUSR1)
@@ -148,13 +163,12 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(options: list[str]
     assert 3 <= steps < 12 and f"stopped after step {steps}" in printed
     assert (stopped / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
     run("deepspeed", *options, f"run_dir={stopped}", "train.max_steps=12")
-    assert numbers(stopped) == numbers(straight)
+    assert numbers(stopped) == numbers(twelve)
 
 
-def test_killed_at_random_moments_a_run_loses_no_checkpoint(options: list[str], tmp_path: Path) -> None:
+def test_killed_at_random_moments_a_run_loses_no_checkpoint(options: list[str], twelve: Path, tmp_path: Path) -> None:
     """Saving after every step, killed without warning in the middle of steps and saves, three times."""
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run("deepspeed", *options, f"run_dir={straight}", "train.max_steps=12")
+    killed = tmp_path / "killed"
     dice = random.Random(2205)
     reached = 0
     for target in (3, 6, 9):
@@ -168,7 +182,7 @@ def test_killed_at_random_moments_a_run_loses_no_checkpoint(options: list[str], 
         assert newest is not None and newest.step >= max(target - 1, reached), "what was saved is still there"
         reached = newest.step
     run("deepspeed", *options, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
-    assert numbers(killed) == numbers(straight)
+    assert numbers(killed) == numbers(twelve)
     assert not list((killed / "checkpoints").glob("*.tmp"))
 
 

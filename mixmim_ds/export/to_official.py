@@ -1,0 +1,43 @@
+"""A run, or a folder exported for timm, as a checkpoint of the authors' layout."""
+
+from pathlib import Path
+
+import timm
+from safetensors.torch import load_file
+
+from mixmim_ds.export.official import save_official
+from mixmim_ds.export.to_timm import DECODER_FILE
+from mixmim_ds.export.weights import build_model, read_weights
+from mixmim_ds.models import MixMIM, MixMIMTransformer
+
+
+def export_official(source: Path, out: Path) -> None:
+    """Writes the whole model of a run or checkpoint, or what an exported folder holds of one, to the file `out`.
+
+    Raises:
+        ValueError: `source` is none of these, or `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another file to write to.")
+    save_official(_exported(source) if (source / "config.json").is_file() else _trained(source), out)
+
+
+def _trained(source: Path) -> MixMIM:
+    weights = read_weights(source)
+    model = build_model(weights.config)
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in weights.tensors.items()})
+    return model
+
+
+def _exported(folder: Path) -> MixMIM | MixMIMTransformer:
+    """The encoder, or with a decoder file the whole model (its heads leave no trace in the weights)."""
+    encoder: MixMIMTransformer = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    if not (folder / DECODER_FILE).is_file():
+        return encoder
+    decoder = load_file(folder / DECODER_FILE)
+    depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
+    model = MixMIM(
+        encoder.pretrained_cfg["architecture"], encoder.patch_embed.img_size, decoder["mask_token"].shape[-1], depth, 1
+    )
+    model.load_state_dict(decoder | {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
+    return model

@@ -1,0 +1,64 @@
+"""launch/convert.py between the authors' files, timm folders and runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from launching import converted, refusal
+from safetensors.torch import load_file
+
+from mixmim_ds.export.official import load_official, save_official
+from mixmim_ds.models import MixMIM, MixMIMTransformer
+
+pytestmark = pytest.mark.slow
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def fine_tuned(tmp_path: Path) -> tuple[MixMIMTransformer, Path]:
+    """A classifier and its file in the authors' layout."""
+    torch.manual_seed(0)
+    encoder = timm.create_model("mixmim_tiny", img_size=64, num_classes=5).eval()
+    save_official(encoder, tmp_path / "fine_tuned.pth")
+    return encoder, tmp_path / "fine_tuned.pth"
+
+
+def test_a_run_goes_to_the_authors_layout_and_back(stage_run: Callable[[str, str], Path], tmp_path: Path) -> None:
+    run = stage_run("zero1", "fp32")
+    first = converted("--to-official", run, tmp_path / "first.pth")
+    folder = converted("--from-official", first, tmp_path / "timm", "--with-decoder")
+    second = converted("--to-official", folder, tmp_path / "second.pth")
+    expected, found = torch.load(first)["model"], torch.load(second)["model"]
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    direct = converted(run, tmp_path / "direct", "--with-decoder")
+    for name in ("model.safetensors", "decoder.safetensors"):
+        expected, found = load_file(direct / name), load_file(folder / name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    model = MixMIM("mixmim_tiny", 64, decoder_dim=256, decoder_depth=2, decoder_num_heads=8)
+    load_official(model, second)
+    _, working = torch.load(run / "live.pt")
+    assert all(torch.equal(parameter, working[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_fine_tuned_file_keeps_its_head(fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path) -> None:
+    encoder, file = fine_tuned
+    folder = converted("--from-official", file, tmp_path / "timm")
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), encoder(IMAGES))
+    assert "5 classes" in (folder / "README.md").read_text()
+
+
+def test_mistakes_are_one_sentence(fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path) -> None:
+    _, file = fine_tuned
+    content = file.read_bytes()
+    assert "holds no decoder" in refusal("--from-official", file, tmp_path / "out", "--with-decoder")
+    assert "is no file" in refusal("--from-official", tmp_path, tmp_path / "out")
+    assert "have no effect with --to-official" in refusal("--to-official", tmp_path, tmp_path / "out", "--dtype=bf16")
+    assert "exists already" in refusal("--to-official", tmp_path, file)
+    assert file.read_bytes() == content and not list(tmp_path.glob("out*"))
