@@ -53,9 +53,10 @@ def read_weights(source: Path) -> Weights:
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
+        said = f"model.encoder={config.model.encoder} at {config.model.img_size} pixels"
         raise ValueError(
-            f"{checkpoint.path} holds another model than model.encoder={config.model.encoder} at "
-            f"{config.model.img_size} pixels, which {run_dir / 'config.yaml'} names: {len(wrong)} tensors differ, the first is {wrong[0]}."
+            f"{checkpoint.path} holds another model than {said}, which {run_dir / 'config.yaml'} names: "
+            f"{len(wrong)} tensors differ, the first is {wrong[0]}."
         )
     return Weights(checkpoint, config, model, tensors)
 
