@@ -1,0 +1,61 @@
+"""What the documents say is so: commands compose, options exist with the defaults given, links lead somewhere."""
+
+import re
+import shlex
+from dataclasses import asdict
+
+import pytest
+from launching import ROOT
+
+from mixmim_ds.config import flatten, load_config
+
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted(ROOT.glob("*.md")) + [ROOT / "ds_configs" / "README.md"]
+
+
+def commands() -> list[list[str]]:
+    """The command lines in README's and BENCHMARKS' fenced blocks, comments left out, continued lines joined."""
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if "launch/" in line]
+
+
+def overrides_of(command: list[str]) -> list[str]:
+    return [word for word in command if "=" in word and not word.startswith("--")]
+
+
+PRETRAINING = [command for command in commands() if "launch/pretrain.py" in command]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(PRETRAINING) >= 3
+
+
+@pytest.mark.parametrize("command", PRETRAINING, ids=" ".join)
+def test_pretraining_commands_compose(command: list[str]) -> None:
+    needed = [] if any("data" in word for word in overrides_of(command)) else ["data.root=DIR"]
+    config = load_config([*overrides_of(command), *needed])
+    assert config.run_dir
+
+
+def test_options_and_defaults_are_those_of_the_table() -> None:
+    defaults = flatten(asdict(load_config(["run_dir=DIR", "data.root=DIR"])))
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", README, re.MULTILINE)
+    checked = 0
+    for names, values in rows:
+        for name, value in zip(re.findall(r"`([^`]+)`", names), values.split(","), strict=False):
+            if name not in ("model", "data", "data.root"):  # groups, and an option without default
+                found = defaults[name]
+                said = value.strip().strip("`")
+                assert said == {None: "none", False: "false"}.get(found, str(found)) or float(said) == float(found), (
+                    name
+                )
+                checked += 1
+    assert checked >= 15
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: object) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), target
