@@ -12,7 +12,10 @@ from mixmim_ds.train.pretrain import pretrain
 
 
 def main() -> int:
-    """Reads the command line and runs; a user's mistake ends in one line of rank 0 and exit code 2."""
+    """Reads the command line and runs.
+
+    A user's mistake ends in one line of rank 0 and exit code 2, a loss that is not finite in one line and exit code 1.
+    """
     parser = argparse.ArgumentParser(description=__doc__, epilog="Options: mixmim_ds/config.py, launch/conf/.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +experiment=NAME a recipe")
     parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
@@ -24,10 +27,10 @@ def main() -> int:
             print(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
             return 0
         return pretrain(config)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         if rank_before_connecting() == 0:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
 
 
 if __name__ == "__main__":

@@ -78,11 +78,9 @@ class Metrics:
             waited: seconds waited for data so far.
 
         Raises:
-            FloatingPointError: the loss of any rank is not finite.
+            FloatingPointError: as `check`.
         """
-        value = mean_over_ranks(self.world, loss.item())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {step} is {value}; the last checkpoint is from before it.")
+        value = self.check(step, loss, grad_norm)
         steps, elapsed = step - self.since, time.perf_counter() - self.began
         images = steps * self.global_batch / elapsed
         mfu = self.peak and 3 * self.flops_per_image * images / self.world.size / self.peak
@@ -102,6 +100,20 @@ class Metrics:
         if self.world.first:
             self._write(row)
         self.restart(step, waited)
+
+    def check(self, step: int, loss: Tensor, grad_norm: Any) -> float:
+        """The mean loss over the ranks, once it and the gradients are known to be finite; waits for the device.
+
+        Raises:
+            FloatingPointError: the loss of any rank or the gradient is not finite.
+        """
+        value = mean_over_ranks(self.world, loss.item())
+        norm = 0.0 if grad_norm is None else float(grad_norm)
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"step {step} has loss {value} and gradient norm {norm}; the last checkpoint is from before it."
+            )
+        return value
 
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -150,14 +150,16 @@ def _train(run: Run, stop: StopRequest) -> int:
         if step == start + 1:
             shorten_timeout(world, train.step_timeout_s)
         stopping = stop.agreed()
+        loss = torch.stack(losses).mean()
         if step % train.log_every == 0 or step == run.last:
-            epoch, loss = step / run.schedule.steps_per_epoch, torch.stack(losses).mean()
+            epoch = step / run.schedule.steps_per_epoch
             metrics.report(step, epoch, loss, lr, engine.get_global_grad_norm(), run.loader.wait_s)
             gc.collect()
         if world.first and train.picture_every and (step % train.picture_every == 0 or step == run.last):
             picture = draw(batch.images, batch.mask, prediction, config.model.norm_pix_loss, config.data)
             metrics.picture(step, picture, COLUMNS)
         if step % train.save_every == 0 or step == run.last or stopping:
+            metrics.check(step, loss, engine.get_global_grad_norm())  # what is not finite must not be saved
             checkpoint.save(engine, config, world, step)
             metrics.restart(step, run.loader.wait_s)
         if stopping:

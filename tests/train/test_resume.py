@@ -71,3 +71,12 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
         f"step_0000000{step}{end}" for step in (3, 4, 5) for end in ("", ".damaged")
     ]
     assert (checkpoints / "latest").read_text() == "step_00000005"
+
+
+def test_what_is_not_finite_ends_the_run_and_is_not_saved(small_run: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = [*small_run, f"run_dir={folder}", "train.log_every=100", "train.save_every=1", "train.max_steps=9"]
+    printed = run("python", *options, "optim.base_lr=1e30", processes=1, code=1)
+    assert printed.splitlines()[-1].startswith("error: step 2 has loss nan"), printed
+    masters = saved_in(folder).masters.values()
+    assert all(master.contiguous().isfinite().all() for master in masters)
