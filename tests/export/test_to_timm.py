@@ -159,6 +159,11 @@ def damage_truncated(own: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
+def damage_zeros(own: Path) -> None:
+    file = next(own.glob("checkpoints/step_*/*optim_states.pt"))
+    file.write_bytes(bytes(file.stat().st_size))
+
+
 def damage_other_size(own: Path) -> None:
     config = OmegaConf.load(own / "config.yaml")
     config.model.encoder = "mixmim_base"
@@ -177,6 +182,7 @@ def damage_no_config(own: Path) -> None:
         (damage_no_checkpoint, "is no complete checkpoint"),
         (damage_no_marker, "holds no complete checkpoint"),
         (damage_truncated, "holds no complete checkpoint"),
+        (damage_zeros, "holds no complete checkpoint"),
         (damage_other_size, "holds another model than model.encoder=mixmim_base at 224 pixels"),
         (damage_no_config, "config.yaml cannot be read"),
     ],
@@ -184,13 +190,6 @@ def damage_no_config(own: Path) -> None:
 def test_a_bad_source_is_one_sentence(damage: object, sentence: str, own: Path, tmp_path: Path) -> None:
     damage(own)
     assert sentence in refusal(own, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_file_damaged_without_a_trace_in_its_size_is_one_sentence(own: Path, tmp_path: Path) -> None:
-    file = next(own.glob("checkpoints/step_*/*optim_states.pt"))
-    file.write_bytes(bytes(file.stat().st_size))
-    assert "cannot be read as a checkpoint" in refusal(own, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
