@@ -16,7 +16,7 @@ from mixmim_ds.config import DataConfig, RunConfig
 from mixmim_ds.data.dali import build_pipeline, run_pipeline
 from mixmim_ds.data.index import Index
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
-from mixmim_ds.models.encoder import CELL
+from mixmim_ds.models.grids import CELL
 
 
 @dataclass(frozen=True)

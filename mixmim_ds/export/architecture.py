@@ -4,10 +4,10 @@ import ast
 import inspect
 from types import ModuleType
 
-from mixmim_ds.models import attention, encoder, masking, recompute, sizes
+from mixmim_ds.models import attention, blocks, encoder, grids, masking, recompute, sizes, tables
 from mixmim_ds.version import __version__
 
-MODULES = (recompute, masking, attention, encoder, sizes)  # each needs only those before it
+MODULES = (recompute, masking, grids, tables, attention, blocks, encoder, sizes)  # each needs only those before it
 HEAD = f'''"""The MixMIM encoder (arXiv 2205.13137) for timm: put together by mixmim_ds {__version__} from its sources.
 
     import timm, mixmim

@@ -14,7 +14,7 @@ from mixmim_ds.checkpoints import sync
 from mixmim_ds.export import layouts
 from mixmim_ds.export.foreign import read_tensors
 from mixmim_ds.models import MixMIM, MixMIMTransformer
-from mixmim_ds.models.encoder import PATCH
+from mixmim_ds.models.grids import PATCH
 
 INDEX = "relative_position_index"  # stored by others, derived from the window's size by us
 _TABLE = "absolute_pos_embed"

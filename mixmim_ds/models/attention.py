@@ -9,6 +9,9 @@ from timm.layers import trunc_normal_
 from timm.layers.pos_embed_rel import gen_relative_position_index
 from torch import Tensor, nn
 
+from mixmim_ds.models.grids import Shape
+from mixmim_ds.models.tables import resample_biases
+
 
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows that do not overlap (Swin, arXiv 2103.14030, without its shifts).
@@ -38,6 +41,17 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", gen_relative_position_index(window), persistent=False)
+
+    @torch.jit.ignore
+    def set_window(self, window: Shape) -> None:
+        """Another window, rows and columns; the biases are interpolated. The same window changes nothing."""
+        if window == self.window:
+            return
+        table = self.relative_position_bias_table
+        biases = resample_biases(table.detach(), self.window, window)
+        self.relative_position_bias_table = nn.Parameter(biases, requires_grad=table.requires_grad)
+        self.relative_position_index = gen_relative_position_index(window, device=table.device)
+        self.window = window
 
     def bias(self, windows: int, same_image: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What is added to the attention's logits, [G*K, N, N]: the position bias, -inf between two images."""

@@ -7,34 +7,20 @@ of the mask, everything else is per token. So on a mixed input the encoder compu
 each image's visible tokens alone.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from timm.layers import ClassifierHead, DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models._features import feature_take_indices
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from mixmim_ds.models.attention import WindowAttention
-from mixmim_ds.models.masking import pair_mask
-from mixmim_ds.models.recompute import recompute
+from mixmim_ds.models.blocks import Stage
+from mixmim_ds.models.grids import PATCH, Shape, Windows, stage_windows
+from mixmim_ds.models.tables import POSITIONS, fit_tables, resample, sincos_table
 
-PATCH = 4  # pixels of a token's side in the first stage
-CELL = 32  # pixels of a mask cell's side: one token of the last stage
-
-
-def sincos_table(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D position table [1, height * width, dim]: the first half of the channels encodes the column, the
-    second the row, each half sin then cos with omega = 1 / 10000^(i / (dim / 4))."""
-    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-
-    def encode(positions: Tensor) -> Tensor:
-        angles = positions.flatten()[:, None].double() * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.cat([encode(columns), encode(rows)], dim=1).float()[None]
+_log = logging.getLogger(__name__)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -48,99 +34,13 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block on a grid of tokens, [B, h, w, C] -> [B, h, w, C]."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window: tuple[int, int],
-        mlp_ratio: float = 4.0,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.selective = False
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, window, attn_drop, proj_drop)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def residuals(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), same_image))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
-
-    def forward(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return recompute(self.residuals, self.selective, x, same_image)
-        return self.residuals(x, same_image)
-
-
-class Stage(nn.Module):
-    """Patch merging (but for the first stage), then blocks on one grid.
-
-    Args:
-        in_dim, dim: channels before and after the merging.
-        grid: rows and columns of tokens after the merging.
-        window: rows and columns of a window; divides the grid.
-        drop_path: a rate per block.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        window: tuple[int, int],
-        drop_path: Sequence[float],
-        **rates: float,
-    ) -> None:
-        super().__init__()
-        self.dim, self.grid, self.window = dim, grid, window
-        self.downsample = PatchMerging(in_dim, dim) if in_dim != dim else nn.Identity()
-        blocks = nn.ModuleList(Block(dim, num_heads, window, drop_path=rate, **rates) for rate in drop_path)
-        self.blocks = cast(list[Block], blocks)  # a ModuleList forgets the type of what it holds
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.downsample(x)
-        same_image = None if mask is None else pair_mask(mask, self.grid, self.window)
-        for block in self.blocks:
-            x = block(x, same_image)
-        return x
-
-
-def _stage_windows(
-    img_size: tuple[int, int], window_size: Sequence[int]
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Grid and window of every stage; a window larger than the grid shrinks to it. ValueError if one does not fit."""
-    if any(side % CELL for side in img_size):
-        raise ValueError(f"img_size={img_size[0]}x{img_size[1]} must be a multiple of {CELL} pixels (a mask cell).")
-    stages = []
-    for stage, size in enumerate(window_size):
-        grid = (img_size[0] // (PATCH << stage), img_size[1] // (PATCH << stage))
-        window = (min(size, grid[0]), min(size, grid[1]))
-        if grid[0] % window[0] or grid[1] % window[1]:
-            raise ValueError(
-                f"img_size={img_size[0]}x{img_size[1]} gives stage {stage + 1} a grid of {grid[0]}x{grid[1]} tokens "
-                f"that windows of {size} do not fit; choose another img_size or window_size."
-            )
-        stages.append((grid, window))
-    return stages
-
-
 class MixMIMTransformer(nn.Module):
     """Hierarchical vision transformer with windowed attention and no shifted windows (arXiv 2205.13137, section 3.3).
 
     Args:
         img_size: pixels, a multiple of 32 whose grids the windows fit.
         embed_dim: E; stage s has E * 2^s channels.
-        window_size: side of a stage's windows, in tokens.
+        window_size: side of the windows of every stage (or of all), in tokens; None = adapts to any image size.
         depths, num_heads: of every stage.
         drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm's Swin.
 
@@ -160,7 +60,7 @@ class MixMIMTransformer(nn.Module):
         embed_dim: int = 128,
         depths: Sequence[int] = (2, 2, 18, 2),
         num_heads: Sequence[int] = (4, 8, 16, 32),
-        window_size: Sequence[int] = (14, 14, 14, 7),
+        window_size: Windows = (14, 14, 14, 7),
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -173,10 +73,11 @@ class MixMIMTransformer(nn.Module):
         self.output_fmt = "NHWC"
         dims = [embed_dim << stage for stage in range(len(depths))]
         self.embed_dim, self.num_features = embed_dim, dims[-1]
-        windows = _stage_windows(to_2tuple(img_size), window_size)
+        self.window_size = window_size
+        windows = stage_windows(to_2tuple(img_size), window_size, len(depths))
 
         self.patch_embed = PatchEmbed(img_size, PATCH, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC")
-        self.register_buffer("absolute_pos_embed", sincos_table(*windows[0][0], embed_dim))
+        self.register_buffer(POSITIONS, sincos_table(*windows[0][0], embed_dim))
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         layers = nn.ModuleList(
             Stage(
@@ -195,6 +96,34 @@ class MixMIMTransformer(nn.Module):
         )
         self.head_hidden_size = self.head.num_features
         self.apply(init_weights)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | Shape | None = None, window_size: Windows = None) -> None:
+        """Another image size (pixels) or window size for a model with its weights; None = stays, as do its rules: the
+        windows of a model made with window_size=None adapt. Position and bias tables are interpolated, so the
+        parameters are new ones: call it before an optimizer takes them.
+
+        Raises:
+            ValueError: the windows do not fit the image size; the model is as it was.
+        """
+        new_size: Shape = to_2tuple(img_size or self.patch_embed.img_size)
+        new_windows = self.window_size if window_size is None else window_size
+        shapes = stage_windows(new_size, new_windows, len(self.feature_info))
+        table = resample(self.absolute_pos_embed[0], self.layers[0].grid, shapes[0][0])
+        self.absolute_pos_embed = table[None]
+        self.patch_embed.set_input_size(new_size)
+        for stage, (grid, window) in zip(self.layers, shapes, strict=False):  # stages may have been pruned
+            stage.set_grid(grid, window)
+        self.window_size = new_windows
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module` does it, after `checkpoint_filter_fn`.
+
+        timm hands its `checkpoint_path` straight to this method, without a model's filter. Loading a module that holds
+        an encoder does not pass here, so it stays as strict as ever.
+        """
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict, assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -299,3 +228,18 @@ class MixMIMTransformer(nn.Module):
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
             self.reset_classifier(0, "")
         return taken
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MixMIMTransformer) -> dict[str, Any]:
+    """A checkpoint's tensors as `model` takes them: tables of another image size are interpolated, and a checkpoint
+    of pretraining, which has no head at all, gets the model's own (with a warning). All else is left to strict loading.
+
+    Raises:
+        ValueError: a table is of no image size that the encoder could have had.
+    """
+    fitted = fit_tables(state_dict, model.layers[0].grid, [stage.window for stage in model.layers])
+    own = {f"head.{name}": value for name, value in model.head.state_dict().items()}
+    if own and not any(name.startswith("head.") for name in fitted):
+        _log.warning("The checkpoint has no head: the classifier keeps its own weights.")
+        fitted |= own
+    return fitted

@@ -12,8 +12,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mixmim_ds.models import masking
-from mixmim_ds.models.encoder import CELL, MixMIMTransformer, init_weights, sincos_table
+from mixmim_ds.models.encoder import MixMIMTransformer, init_weights
+from mixmim_ds.models.grids import CELL
 from mixmim_ds.models.recompute import recompute
+from mixmim_ds.models.tables import sincos_table
 
 
 class DecoderBlock(Block):

@@ -3,10 +3,10 @@
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from mixmim_ds.models.encoder import CELL, PATCH, MixMIMTransformer
+from mixmim_ds.models.encoder import MixMIMTransformer, checkpoint_filter_fn
+from mixmim_ds.models.grids import CELL
 
 
 def _cfg(img_size: int = 224) -> dict[str, Any]:
@@ -30,21 +30,16 @@ _WINDOWS_384 = (16, 16, 24, 12)
 
 def _build(variant: str, pretrained: bool, **kwargs: Any) -> MixMIMTransformer:
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(MixMIMTransformer, variant, pretrained, feature_cfg=features, **kwargs)
-
-
-def _fitting_windows(img_size: int | tuple[int, int]) -> tuple[int, ...]:
-    """The largest window of at most 14 tokens that fits every stage's grid."""
-    height, width = to_2tuple(img_size)
-    grids = [(height // (PATCH << stage), width // (PATCH << stage)) for stage in range(4)]
-    return tuple(max(w for w in range(1, 15) if h % w == 0 == v % w) for h, v in grids)
+    return build_model_with_cfg(
+        MixMIMTransformer, variant, pretrained,
+        feature_cfg=features, pretrained_filter_fn=checkpoint_filter_fn, **kwargs,
+    )  # fmt: skip
 
 
 @register_model
 def mixmim_tiny(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
     """1.8 M parameters for tests and laptops; its windows adapt to any image size that is a multiple of 32."""
-    size = {"embed_dim": 32, "depths": (1, 1, 4, 1), "num_heads": (1, 2, 4, 8)}
-    size["window_size"] = _fitting_windows(kwargs.get("img_size") or 224)
+    size = {"embed_dim": 32, "depths": (1, 1, 4, 1), "num_heads": (1, 2, 4, 8), "window_size": None}
     return _build("mixmim_tiny", pretrained, **{**size, **kwargs})
 
 

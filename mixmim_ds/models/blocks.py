@@ -1,0 +1,90 @@
+"""What the encoder is stacked of: blocks of windowed attention, and stages of blocks on one grid.
+
+Shapes: B images, h x w grid of tokens of a stage, C channels of a stage.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from timm.layers import DropPath, Mlp
+from timm.models.swin_transformer import PatchMerging
+from torch import Tensor, nn
+
+from mixmim_ds.models.attention import WindowAttention
+from mixmim_ds.models.grids import Shape
+from mixmim_ds.models.masking import pair_mask
+from mixmim_ds.models.recompute import recompute
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on a grid of tokens, [B, h, w, C] -> [B, h, w, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: tuple[int, int],
+        mlp_ratio: float = 4.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.selective = False
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, num_heads, window, attn_drop, proj_drop)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def residuals(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x), same_image))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return recompute(self.residuals, self.selective, x, same_image)
+        return self.residuals(x, same_image)
+
+
+class Stage(nn.Module):
+    """Patch merging (but for the first stage), then blocks on one grid.
+
+    Args:
+        in_dim, dim: channels before and after the merging.
+        grid: rows and columns of tokens after the merging.
+        window: rows and columns of a window; divides the grid.
+        drop_path: a rate per block.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        window: tuple[int, int],
+        drop_path: Sequence[float],
+        **rates: float,
+    ) -> None:
+        super().__init__()
+        self.dim, self.grid, self.window = dim, grid, window
+        self.downsample = PatchMerging(in_dim, dim) if in_dim != dim else nn.Identity()
+        blocks = nn.ModuleList(Block(dim, num_heads, window, drop_path=rate, **rates) for rate in drop_path)
+        self.blocks = cast(list[Block], blocks)  # a ModuleList forgets the type of what it holds
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.downsample(x)
+        same_image = None if mask is None else pair_mask(mask, self.grid, self.window)
+        for block in self.blocks:
+            x = block(x, same_image)
+        return x
+
+    def set_grid(self, grid: Shape, window: Shape) -> None:
+        """Another grid and window for all blocks; the window divides the grid."""
+        self.grid, self.window = grid, window
+        for block in self.blocks:
+            block.attn.set_window(window)
