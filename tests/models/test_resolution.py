@@ -7,9 +7,9 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from mixmim_ds.export.to_timm import write_config
 from mixmim_ds.models import MixMIMTransformer
 from mixmim_ds.models.tables import fit_tables, resample, table_grid
 
@@ -35,8 +35,7 @@ def save(model: MixMIMTransformer, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     tensors = {name: value for name, value in model.state_dict().items() if not name.startswith("head")}
     save_file(tensors, folder / "model.safetensors")
-    data = type("Data", (), {"mean": (0.5,) * 3, "std": (0.5,) * 3})
-    write_config(folder, model, data)
+    save_config_for_hf(model, str(folder / "config.json"))
     return folder / "model.safetensors"
 
 
