@@ -32,7 +32,8 @@ def load_weights(model: MixMIM, saved: Saved) -> None:
 def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
     """Gives a new engine, built around `load_weights`'s model, the exact masters and Adam's state.
 
-    DeepSpeed's own loader would also bring back lr, weight decay, betas and clipping and so override the options.
+    DeepSpeed's own loader would also bring back lr, weight decay, betas and clipping and so override the options. The
+    dynamic loss scale of fp16 is not carried over: it starts high and finds its place again within some skipped steps.
     """
     _create_states(engine, saved.updates)
     for name, parameter in engine.module.named_parameters():
