@@ -155,8 +155,10 @@ class MixMIMTransformer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the last layer by a new one, and the pooling if given."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
-        self.global_pool = global_pool or self.global_pool
+        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
+        self.head_hidden_size = self.head.num_features
+        if global_pool is not None:
+            self.global_pool = global_pool
 
     def embed(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> tokens [B, H/4, W/4, E] with their positions."""

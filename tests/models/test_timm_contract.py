@@ -66,7 +66,10 @@ def test_features_head_and_classifier(name: str) -> None:
             model.reset_classifier(0, pool)
             torch.testing.assert_close(model(images_for(model)), expected)
         model.reset_classifier(0, "")
-        assert torch.equal(model(images_for(model)), features)
+        assert torch.equal(model(images_for(model)), features) and model.global_pool == ""
+        model.reset_classifier(5, "catavgmax")
+        assert model.forward_head(features, pre_logits=True).shape == (1, model.head_hidden_size)
+        assert model.head_hidden_size == 2 * model.num_features and model(images_for(model)).shape == (1, 5)
         model.reset_classifier(5, "avg")
         assert model(images_for(model)).shape == (1, 5) and model.num_classes == 5
 
@@ -100,6 +103,8 @@ def test_intermediates_in_every_form(name: str) -> None:
         assert model.prune_intermediate_layers([1]) == [1]
         assert len(model.layers) == 2 and model.num_features == model.feature_info[1]["num_chs"]
         assert torch.equal(model.forward_features(images), maps[1])
+        model.reset_classifier(5, "avg")
+        assert model(images).shape == (1, 5)
 
 
 def test_layers_are_grouped_from_stem_to_norm(name: str) -> None:
