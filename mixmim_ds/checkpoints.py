@@ -1,12 +1,14 @@
 """What a run folder holds for good: files written as a whole, and checkpoints.
 
-A checkpoint exists when its COMPLETE.json does, which is written last and deleted first.
+A checkpoint exists when a folder bears its name and holds COMPLETE.json, which is written last.
 """
 
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +16,25 @@ MARKER = "COMPLETE.json"
 log = logging.getLogger(__name__)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file: whoever reads it, even after a power cut, finds the old text or the new, never a part."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A draft to write, which then replaces the file: whoever reads that, even after a power cut, finds the old
+    content or the new, never a part. If the writing fails the file stays and no draft is left."""
     draft = path.with_name(path.name + ".new")
-    draft.write_text(text)
-    sync(draft)
-    draft.replace(path)
-    sync(path.parent)
+    try:
+        yield draft
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+    finally:
+        with suppress(OSError):  # where it became the file, or was never begun
+            draft.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file by this text, see `whole_file`."""
+    with whole_file(path) as draft:
+        draft.write_text(text)
 
 
 def sync(path: Path) -> None:
@@ -50,6 +64,10 @@ class Checkpoint:
         """Those files whose bytes are not what was written, among files number `first`, first + stride, ..."""
         names = sorted(self.files)[first::stride]
         return [name for name in names if sha256(self.path / name) != self.files[name][1]]
+
+    def complaint(self, altered: list[str]) -> str:
+        """The sentence about files that `altered` found."""
+        return f"{self.path} is damaged: {altered[0]} is not what was written."
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -82,7 +100,7 @@ def newest_complete(run_dir: Path) -> Checkpoint | None:
         try:
             found = read_checkpoint(path)
             if altered := found.altered():
-                raise ValueError(f"{path} is damaged: {altered[0]} is not what was written.")
+                raise ValueError(found.complaint(altered))
             return found
         except ValueError as error:
             log.warning("%s It is passed over.", error)

@@ -7,9 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from launching import run
-
-ROOT = Path(__file__).resolve().parent.parent
+from launching import ROOT, run
 
 
 @pytest.fixture(scope="session")

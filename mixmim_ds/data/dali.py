@@ -40,6 +40,7 @@ def build_pipeline(
         exec_dynamic=True,
     )
     def graph() -> object:
+        """What happens to one batch, from its paths to its pixels."""
         paths, corner, size, flip = fn.external_source(
             feed, num_outputs=4, batch=True, dtype=[types.UINT8] + 3 * [types.INT32], ndim=[1, 1, 1, 0]
         )

@@ -36,11 +36,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         draft.rename(out)
         sync(out.parent)
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         raise ValueError(f"{out} cannot be written: {error.strerror or error}.") from error
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # no more there if all went well
 
 
 class Pieces(Protocol):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import timm
 import torch
 from torch import Tensor
 
-from mixmim_ds.checkpoints import sync
+from mixmim_ds.checkpoints import whole_file
 from mixmim_ds.export import layouts
 from mixmim_ds.export.foreign import read_tensors
 from mixmim_ds.models import MixMIM, MixMIMTransformer
@@ -204,15 +203,9 @@ def save_official(model: MixMIM | MixMIMTransformer, path: str | Path) -> None:
     path = Path(path)
     # Cloned, for a tensor that is a view into an engine's flat buffer would be saved with all of that buffer.
     tensors = {name: value.detach().cpu().clone() for name, value in {**model.state_dict(), **_indices(model)}.items()}
-    draft = path.with_name(path.name + ".new")
     try:
-        torch.save({"model": layouts.ours_to_authors(tensors)}, draft)
-        sync(draft)
-        draft.replace(path)
-        sync(path.parent)
+        with whole_file(path) as draft:
+            torch.save({"model": layouts.ours_to_authors(tensors)}, draft)
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be written ({reason}); choose another place.") from error
-    finally:
-        with suppress(OSError):  # where it became the file, or was never begun
-            draft.unlink()

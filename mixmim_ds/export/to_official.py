@@ -5,10 +5,11 @@ from pathlib import Path
 import timm
 from safetensors.torch import load_file
 
+from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.export.official import save_official
 from mixmim_ds.export.to_timm import DECODER_FILE
-from mixmim_ds.export.weights import build_model, read_weights
-from mixmim_ds.models import MixMIM, MixMIMTransformer
+from mixmim_ds.export.weights import read_weights
+from mixmim_ds.models import MixMIM, MixMIMTransformer, build_model
 
 
 def export_official(source: Path, out: Path) -> None:
@@ -24,7 +25,7 @@ def export_official(source: Path, out: Path) -> None:
 
 def _trained(source: Path) -> MixMIM:
     weights = read_weights(source)
-    model = build_model(weights.config)
+    model = build_model(weights.config.model)
     model.load_state_dict({name: tensor.contiguous() for name, tensor in weights.tensors.items()})
     return model
 
@@ -39,5 +40,5 @@ def _exported(folder: Path) -> MixMIM | MixMIMTransformer:
     model = MixMIM(
         encoder.pretrained_cfg["architecture"], encoder.patch_embed.img_size, decoder["mask_token"].shape[-1], depth, 1
     )
-    model.load_state_dict(decoder | {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()})
+    model.load_state_dict(decoder | {ENCODER + name: tensor for name, tensor in encoder.state_dict().items()})
     return model

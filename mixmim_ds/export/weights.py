@@ -8,10 +8,9 @@ import torch
 from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import Checkpoint, newest_complete, read_checkpoint
-from mixmim_ds.models import MixMIM
+from mixmim_ds.export.layouts import ENCODER
+from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.zero_files import Scattered, read_saved
-
-ENCODER = "encoder."
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def read_weights(source: Path) -> Weights:
     run_dir = checkpoint.path.parent.parent
     config = _read_config(run_dir)
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(config.model)
     saved = read_saved(checkpoint.path)
     tensors = saved.masters | saved.buffers
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -59,12 +58,6 @@ def read_weights(source: Path) -> Weights:
             f"{len(wrong)} tensors differ, the first is {wrong[0]}."
         )
     return Weights(checkpoint, config, model, tensors)
-
-
-def build_model(config: Any) -> MixMIM:
-    """The model that a run's options describe, with random weights."""
-    model = config.model
-    return MixMIM(model.encoder, model.img_size, model.decoder_dim, model.decoder_depth, model.decoder_num_heads)
 
 
 def _find(source: Path) -> Checkpoint:

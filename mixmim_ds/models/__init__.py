@@ -3,3 +3,4 @@
 from mixmim_ds.models import sizes as sizes
 from mixmim_ds.models.encoder import MixMIMTransformer as MixMIMTransformer
 from mixmim_ds.models.mixmim import MixMIM as MixMIM
+from mixmim_ds.models.mixmim import build_model as build_model

@@ -3,7 +3,7 @@
 Shapes: B images (even), L cells of 32 x 32 pixels, D channels of the decoder, P = 32 * 32 * 3 values of a cell.
 """
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import timm
 import torch
@@ -15,6 +15,9 @@ from mixmim_ds.models import masking
 from mixmim_ds.models.encoder import MixMIMTransformer, init_weights
 from mixmim_ds.models.grids import CELL
 from mixmim_ds.models.recompute import recompute
+
+if TYPE_CHECKING:
+    from mixmim_ds.config import ModelConfig  # whoever takes an encoder needs no Hydra
 from mixmim_ds.models.tables import sincos_table
 
 
@@ -152,3 +155,11 @@ class MixMIM(nn.Module):
         block = 12 * dim * dim + 2 * cells * dim
         sequence = cells * (len(self.decoder_blocks) * block + dim * self.decoder_pred.out_features)
         return 2 * (self.encoder.macs() + cells * self.encoder.num_features * dim + 2 * sequence)
+
+
+def build_model(options: "ModelConfig") -> MixMIM:
+    """The model that a run's options describe, with random weights. ValueError as `MixMIM`."""
+    return MixMIM(
+        options.encoder, options.img_size, options.decoder_dim, options.decoder_depth, options.decoder_num_heads,
+        options.norm_pix_loss,
+    )  # fmt: skip

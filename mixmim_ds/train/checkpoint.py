@@ -5,15 +5,15 @@ import logging
 import shutil
 from collections import ChainMap
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.checkpoints import MARKER, Checkpoint, read_checkpoint, sha256, steps_of, sync, write_whole
 from mixmim_ds.config import RunConfig
-from mixmim_ds.train.distributed import World, on_first_rank
+from mixmim_ds.train.distributed import World, gather, on_first_rank
 
 log = logging.getLogger("mixmim_ds")
 
@@ -36,10 +36,10 @@ def save(engine: DeepSpeedEngine, config: RunConfig, world: World, step: int) ->
 def _clear(folder: Path, path: Path) -> None:
     """Removes what killed saves left behind, and an older checkpoint of the same step."""
     folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _remove(path)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
+    if path.exists():
+        _remove(path)
 
 
 def _seal(unfinished: Path, world: World) -> dict[str, list[Any]]:
@@ -49,9 +49,7 @@ def _seal(unfinished: Path, world: World) -> dict[str, list[Any]]:
     for file in files[world.rank :: world.size]:
         sync(file)
         own[str(file.relative_to(unfinished))] = [file.stat().st_size, sha256(file)]
-    shares: list[Any] = [None] * world.size
-    dist.all_gather_object(shares, own, group=world.control)
-    return dict(ChainMap(*shares))
+    return dict(ChainMap(*gather(world, own)))
 
 
 def _complete(unfinished: Path, path: Path, step: int, files: dict[str, list[Any]]) -> None:
@@ -83,13 +81,10 @@ def find(config: RunConfig, world: World) -> Checkpoint | None:
     folder = Path(config.run_dir)
     found: Checkpoint | None = on_first_rank(world, lambda: _newest(folder))
     while found is not None:
-        shares: list[Any] = [None] * world.size
-        dist.all_gather_object(shares, found.altered(world.rank, world.size), group=world.control)
-        altered = sorted(name for share in shares for name in share)
+        altered = sorted(chain.from_iterable(gather(world, found.altered(world.rank, world.size))))
         if not altered:
             break
-        reason = f"{found.path} is damaged: {altered[0]} is not what was written."
-        on_first_rank(world, partial(_set_aside, found.path, reason))
+        on_first_rank(world, partial(_set_aside, found.path, found.complaint(altered)))
         found = on_first_rank(world, lambda: _newest(folder))
     return found
 

@@ -102,6 +102,13 @@ def on_first_rank(world: World, function: Callable[[], Any]) -> Any:
     return answer[0]
 
 
+def gather(world: World, value: Any) -> list[Any]:
+    """What every rank brings, in the order of the ranks."""
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
 def mean_over_ranks(world: World, value: float) -> float:
     """The mean of one number of every rank."""
     total = torch.tensor(value, dtype=torch.float64)

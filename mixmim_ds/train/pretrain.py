@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.loader import Loader, Share, open_loader
-from mixmim_ds.models import MixMIM
+from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.distributed import (
     EXIT_REQUEUE,
@@ -69,7 +69,8 @@ class Run:
 
 def _prepare(config: RunConfig, world: World) -> Run:
     train, turns = config.train, accumulation(config, world.size)
-    model = _build_model(config)
+    torch.manual_seed(train.seed)
+    model = build_model(config.model)
     index = _find_images(config, world)
     loader = open_loader(config, index, Share(world.rank, world.size, turns), world.device, share_of_cores())
     open_run_folder(config, world, "synthetic" if index is None else index.fingerprint)
@@ -109,15 +110,6 @@ def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSp
     return found.step, engine
 
 
-def _build_model(config: RunConfig) -> MixMIM:
-    torch.manual_seed(config.train.seed)
-    model = config.model
-    return MixMIM(
-        model.encoder, model.img_size, model.decoder_dim, model.decoder_depth, model.decoder_num_heads,
-        model.norm_pix_loss,
-    )  # fmt: skip
-
-
 def _find_images(config: RunConfig, world: World) -> Index | None:
     """The index of `data.root`, made by the first rank if need be and memory-mapped by the others after it."""
     if config.data.kind == "synthetic":
@@ -150,16 +142,19 @@ def _train(run: Run, stop: StopRequest) -> int:
         if step == start + 1:
             shorten_timeout(world, train.step_timeout_s)
         stopping = stop.agreed()
-        loss = torch.stack(losses).mean()
-        if step % train.log_every == 0 or step == run.last:
-            epoch = step / run.schedule.steps_per_epoch
-            metrics.report(step, epoch, loss, lr, engine.get_global_grad_norm(), run.loader.wait_s)
+        saving = step % train.save_every == 0 or step == run.last or stopping
+        reporting = step % train.log_every == 0 or step == run.last
+        if reporting or saving:
+            loss, grad_norm = torch.stack(losses).mean(), engine.get_global_grad_norm()
+        if reporting:
+            metrics.report(step, step / run.schedule.steps_per_epoch, loss, lr, grad_norm, run.loader.wait_s)
             gc.collect()
+        elif saving:
+            metrics.check(step, loss, grad_norm)  # what is not finite must not be saved
         if world.first and train.picture_every and (step % train.picture_every == 0 or step == run.last):
             picture = draw(batch.images, batch.mask, prediction, config.model.norm_pix_loss, config.data)
             metrics.picture(step, picture, COLUMNS)
-        if step % train.save_every == 0 or step == run.last or stopping:
-            metrics.check(step, loss, engine.get_global_grad_norm())  # what is not finite must not be saved
+        if saving:
             checkpoint.save(engine, config, world, step)
             metrics.restart(step, run.loader.wait_s)
         if stopping:

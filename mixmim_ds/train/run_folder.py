@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import write_whole
 from mixmim_ds.config import ROOT, RunConfig, flatten, identity
-from mixmim_ds.train.distributed import World, on_first_rank
+from mixmim_ds.train.distributed import World, gather, on_first_rank
 from mixmim_ds.train.engine import engine_config
 from mixmim_ds.version import __version__
 
@@ -54,8 +53,7 @@ def open_run_folder(config: RunConfig, world: World, fingerprint: str) -> Path:
     """
     folder = Path(config.run_dir)
     joined = engine_config(config, world.size)
-    hosts: list[Any] = [None] * world.size
-    dist.all_gather_object(hosts, platform.node(), group=world.control)
+    hosts = gather(world, platform.node())
     on_first_rank(world, lambda: check_run_folder(config, fingerprint))
     on_first_rank(world, lambda: _write_files(folder, config, joined, fingerprint, hosts))
     if world.first:

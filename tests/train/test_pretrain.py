@@ -26,11 +26,6 @@ from mixmim_ds.train.optim import parameter_groups
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def options(small_run: list[str]) -> list[str]:
-    return small_run
-
-
 STAGES = ("zero2", "zero3", "zero3_offload")
 
 
@@ -51,11 +46,11 @@ def test_in_bf16_every_zero_stage_loses_the_same_to_the_last_digit(
     assert [row[3] for row in found] == pytest.approx([row[3] for row in expected], rel=1e-5)  # as above
 
 
-def test_any_launcher_and_number_of_processes_computes_the_same(options: list[str], tmp_path: Path) -> None:
+def test_any_launcher_and_number_of_processes_computes_the_same(small_run: list[str], tmp_path: Path) -> None:
     found = {}
     for launcher, processes in (("python", 1), ("torchrun", 2), ("deepspeed", 2)):
         folder = tmp_path / launcher
-        run(launcher, *options, f"run_dir={folder}", "precision=fp32", "train.max_steps=3", processes=processes)
+        run(launcher, *small_run, f"run_dir={folder}", "precision=fp32", "train.max_steps=3", processes=processes)
         found[launcher] = numbers(folder)
     assert found["torchrun"] == found["deepspeed"]
     for expected, row in zip(found["python"], found["deepspeed"], strict=True):
@@ -63,9 +58,9 @@ def test_any_launcher_and_number_of_processes_computes_the_same(options: list[st
         assert row[1:] == pytest.approx(expected[1:], rel=1e-5)
 
 
-def test_fp32_is_plain_torch_to_six_digits(options: list[str], tmp_path: Path) -> None:
+def test_fp32_is_plain_torch_to_six_digits(small_run: list[str], tmp_path: Path) -> None:
     """The same micro-batches through a loop of plain PyTorch on one process: no engine, no accumulation tricks."""
-    overrides = [*options, f"run_dir={tmp_path / 'run'}", "precision=fp32", "train.max_steps=3"]
+    overrides = [*small_run, f"run_dir={tmp_path / 'run'}", "precision=fp32", "train.max_steps=3"]
     run("deepspeed", *overrides)
     config = load_config(overrides)
     index = open_index(Path(config.data.root), Path(config.data.index_dir))
@@ -93,24 +88,24 @@ def test_fp32_is_plain_torch_to_six_digits(options: list[str], tmp_path: Path) -
         optimizer.zero_grad()
 
 
-def test_ten_and_ten_steps_are_twenty_to_the_last_digit(options: list[str], tmp_path: Path) -> None:
+def test_ten_and_ten_steps_are_twenty_to_the_last_digit(small_run: list[str], tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    run("deepspeed", *options, f"run_dir={straight}", "train.max_steps=20")
-    run("deepspeed", *options, f"run_dir={broken}", "train.max_steps=10")
-    printed = run("deepspeed", *options, f"run_dir={broken}", "train.max_steps=20")
+    run("deepspeed", *small_run, f"run_dir={straight}", "train.max_steps=20")
+    run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=10")
+    printed = run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=20")
     assert "step 11/20" in printed and "step 10/20" not in printed, "it goes on where it stopped"
     assert numbers(broken) == numbers(straight)
-    again = run("deepspeed", *options, f"run_dir={broken}", "train.max_steps=20")
+    again = run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=20")
     assert "nothing is left to do" in again and numbers(broken) == numbers(straight)
 
 
 @pytest.mark.parametrize("ds", ["zero2", "zero3"])
 def test_two_and_two_steps_are_four_to_the_last_digit(
-    ds: str, options: list[str], stage_run: Callable[[str, str], Path], tmp_path: Path
+    ds: str, small_run: list[str], stage_run: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     for steps in (2, 4):
-        run("deepspeed", *options, f"run_dir={broken}", f"ds={ds}", f"train.max_steps={steps}")
+        run("deepspeed", *small_run, f"run_dir={broken}", f"ds={ds}", f"train.max_steps={steps}")
     assert numbers(broken) == numbers(stage_run(ds, "bf16"))
 
 
@@ -152,9 +147,11 @@ def pid_of_rank(process: subprocess.Popen, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-def test_a_signal_to_one_rank_stops_all_with_everything_saved(options: list[str], twelve: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_with_everything_saved(
+    small_run: list[str], twelve: Path, tmp_path: Path
+) -> None:
     stopped = tmp_path / "stopped"
-    process = start(*options, f"run_dir={stopped}", "train.max_steps=12")
+    process = start(*small_run, f"run_dir={stopped}", "train.max_steps=12")
     read_until(process, "step 3/12")
     os.kill(pid_of_rank(process, 1), signal.SIGUSR1)
     printed, _ = process.communicate(timeout=120)
@@ -162,17 +159,17 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(options: list[str]
     steps = len(rows(stopped))
     assert 3 <= steps < 12 and f"stopped after step {steps}" in printed
     assert (stopped / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
-    run("deepspeed", *options, f"run_dir={stopped}", "train.max_steps=12")
+    run("deepspeed", *small_run, f"run_dir={stopped}", "train.max_steps=12")
     assert numbers(stopped) == numbers(twelve)
 
 
-def test_killed_at_random_moments_a_run_loses_no_checkpoint(options: list[str], twelve: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str], twelve: Path, tmp_path: Path) -> None:
     """Saving after every step, killed without warning in the middle of steps and saves, three times."""
     killed = tmp_path / "killed"
     dice = random.Random(2205)
     reached = 0
     for target in (3, 6, 9):
-        process = start(*options, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
+        process = start(*small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
         read_until(process, f"step {target}/12")
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=dice.uniform(0, 1.5))
@@ -181,14 +178,14 @@ def test_killed_at_random_moments_a_run_loses_no_checkpoint(options: list[str], 
         newest = newest_complete(killed)
         assert newest is not None and newest.step >= max(target - 1, reached), "what was saved is still there"
         reached = newest.step
-    run("deepspeed", *options, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
+    run("deepspeed", *small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
     assert numbers(killed) == numbers(twelve)
     assert not list((killed / "checkpoints").glob("*.tmp"))
 
 
-def test_the_run_folder_is_what_the_readme_says(options: list[str], tmp_path: Path) -> None:
+def test_the_run_folder_is_what_the_readme_says(small_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    common = [*options, f"run_dir={folder}", "train.save_every=2", "train.keep_every=4", "train.picture_every=3"]
+    common = [*small_run, f"run_dir={folder}", "train.save_every=2", "train.keep_every=4", "train.picture_every=3"]
     printed = run(
         "python", *common, "train.max_steps=9", "precision=fp32", "optim.clip_grad=0.01",
         "activation_checkpointing=full", processes=1,
