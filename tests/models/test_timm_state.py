@@ -10,6 +10,7 @@ import torch
 from timm.data import resolve_input_data_config
 from timm.models import get_model_args, get_model_input_config, get_model_traits
 from timm.models._hub import save_for_hf
+from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 
 from mixmim_ds.models import MixMIMTransformer
@@ -99,3 +100,22 @@ def test_no_image_size_is_taken_for_none() -> None:
     model = tiny()
     with pytest.raises(ValueError, match="img_size=0x0 must be a multiple of 32"):
         model.set_input_size(0)
+
+
+def test_a_model_is_made_where_and_as_asked() -> None:
+    hidden = tiny(device="meta", dtype=torch.bfloat16)
+    assert {value.device.type for value in hidden.state_dict().values()} == {"meta"}
+    assert {value.dtype for value in hidden.state_dict().values()} == {torch.bfloat16}
+    backbone = tiny(device="meta", features_only=True)
+    assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
+    assert not {"device", "dtype"} & get_model_args(hidden).keys()
+
+
+def test_a_model_from_the_meta_device_gets_its_indices_back() -> None:
+    model = tiny()
+    empty = tiny(device="meta").to_empty(device="cpu").eval()
+    for buffer in empty.buffers():
+        buffer.fill_(0)  # memory may happen to hold the right numbers
+    empty.load_state_dict(model.state_dict())
+    reinit_non_persistent_buffers(empty)
+    assert torch.equal(empty(IMAGES), model(IMAGES))
