@@ -196,20 +196,27 @@ class MixMIMTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The features after each stage in `indices`, as timm defines it (`norm` concerns the last stage only)."""
+        """The features after each stage in `indices`, as timm defines it (`norm` concerns the last stage only).
+
+        Raises:
+            ValueError: output_fmt is neither NCHW nor NHWC.
+        """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r} must be NCHW or NHWC.")
+            raise ValueError("output_fmt='" + output_fmt + "' must be NCHW or NHWC.")  # TorchScript has no !r
+        end = len(self.layers) - 1
         taken, last = feature_take_indices(len(self.layers), indices)
-        intermediates = []
+        ran = last if stop_early else end
+        intermediates: list[Tensor] = []
         x = self.embed(x)
-        for index, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = stage(x)
+        for index, stage in enumerate(self.layers):
+            if index <= ran:  # a slice whose end is computed is no TorchScript either
+                x = stage(x)
             if index in taken:
-                feature = self.norm(x) if norm and index == len(self.feature_info) - 1 else x
+                feature = self.norm(x) if norm and index == end else x
                 intermediates.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
         if intermediates_only:
             return intermediates
-        return self.norm(x) if x.shape[-1] == self.feature_info[-1]["num_chs"] else x, intermediates
+        return self.norm(x) if ran == end else x, intermediates
 
     @torch.jit.ignore
     def macs(self) -> int:
