@@ -8,7 +8,7 @@ from mixmim_ds.models import attention, blocks, encoder, grids, masking, recompu
 from mixmim_ds.version import __version__
 
 MODULES = (recompute, masking, grids, tables, attention, blocks, encoder, sizes)  # each needs only those before it
-HEAD = f'''"""The MixMIM encoder (arXiv 2205.13137) for timm: put together by mixmim_ds {__version__} from its sources.
+HEAD = f'''"""The MixMIM encoder (arXiv 2205.13137) for timm >= 1.0.31, put together by mixmim_ds {__version__}.
 
     import timm, mixmim
     model = timm.create_model("local-dir:FOLDER", pretrained=True)

@@ -40,7 +40,8 @@ class WindowAttention(nn.Module):
         offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", gen_relative_position_index(window), persistent=False)
+        self.register_buffer("relative_position_index", None, persistent=False)
+        self.init_non_persistent_buffers()
 
     @torch.jit.ignore
     def set_window(self, window: Shape) -> None:
@@ -50,8 +51,14 @@ class WindowAttention(nn.Module):
         table = self.relative_position_bias_table
         biases = resample_biases(table.detach(), self.window, window)
         self.relative_position_bias_table = nn.Parameter(biases, requires_grad=table.requires_grad)
-        self.relative_position_index = gen_relative_position_index(window, device=table.device)
         self.window = window
+        self.init_non_persistent_buffers()
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Computes the indices, which no file holds; timm's name for it, for models from the meta device."""
+        device = self.relative_position_bias_table.device
+        self.relative_position_index = gen_relative_position_index(self.window, device=device)
 
     def bias(self, windows: int, same_image: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What is added to the attention's logits, [G*K, N, N]: the position bias, -inf between two images."""

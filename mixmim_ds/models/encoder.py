@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from mixmim_ds.models.blocks import Stage
@@ -68,7 +69,7 @@ class MixMIMTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.global_pool = global_pool
         self.output_fmt = "NHWC"
         dims = [embed_dim << stage for stage in range(len(depths))]
@@ -101,12 +102,12 @@ class MixMIMTransformer(nn.Module):
     def set_input_size(self, img_size: int | Shape | None = None, window_size: Windows = None) -> None:
         """Another image size (pixels) or window size for a model with its weights; None = stays, as do its rules: the
         windows of a model made with window_size=None adapt. Position and bias tables are interpolated, so the
-        parameters are new ones: call it before an optimizer takes them.
+        parameters are new ones: call it before an optimizer takes them. timm records the size for its exports.
 
         Raises:
             ValueError: the windows do not fit the image size; the model is as it was.
         """
-        new_size: Shape = to_2tuple(img_size or self.patch_embed.img_size)
+        new_size: Shape = to_2tuple(self.patch_embed.img_size if img_size is None else img_size)
         new_windows = self.window_size if window_size is None else window_size
         shapes = stage_windows(new_size, new_windows, len(self.feature_info))
         table = resample(self.absolute_pos_embed[0], self.layers[0].grid, shapes[0][0])
@@ -115,6 +116,7 @@ class MixMIMTransformer(nn.Module):
         for stage, (grid, window) in zip(self.layers, shapes, strict=False):  # stages may have been pruned
             stage.set_grid(grid, window)
         self.window_size = new_windows
+        update_model_input_size(self, new_size, window_size=new_windows)
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -153,10 +155,12 @@ class MixMIMTransformer(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the last layer by a new one, and the pooling if given."""
-        self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
-        self.head_hidden_size = self.head.num_features
+        """Replaces the last layer by a new one on the features there are, and the pooling if given ("" = none)."""
+        own = self.patch_embed.proj.weight  # a head without classes has no tensor that tells where the model is
+        self.head.reset(
+            num_classes, pool_type=global_pool, in_features=self.num_features, device=own.device, dtype=own.dtype
+        )
+        self.num_classes, self.head_hidden_size = num_classes, self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool
 
@@ -192,20 +196,27 @@ class MixMIMTransformer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The features after each stage in `indices`, as timm defines it (`norm` concerns the last stage only)."""
+        """The features after each stage in `indices`, as timm defines it (`norm` concerns the last stage only).
+
+        Raises:
+            ValueError: output_fmt is neither NCHW nor NHWC.
+        """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r} must be NCHW or NHWC.")
+            raise ValueError("output_fmt='" + output_fmt + "' must be NCHW or NHWC.")  # TorchScript has no !r
+        end = len(self.layers) - 1
         taken, last = feature_take_indices(len(self.layers), indices)
-        intermediates = []
+        ran = last if stop_early else end
+        intermediates: list[Tensor] = []
         x = self.embed(x)
-        for index, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = stage(x)
+        for index, stage in enumerate(self.layers):
+            if index <= ran:  # a slice whose end is computed is no TorchScript either
+                x = stage(x)
             if index in taken:
-                feature = self.norm(x) if norm and index == len(self.feature_info) - 1 else x
+                feature = self.norm(x) if norm and index == end else x
                 intermediates.append(feature.permute(0, 3, 1, 2).contiguous() if output_fmt == "NCHW" else feature)
         if intermediates_only:
             return intermediates
-        return self.norm(x) if x.shape[-1] == self.feature_info[-1]["num_chs"] else x, intermediates
+        return self.norm(x) if ran == end else x, intermediates
 
     @torch.jit.ignore
     def macs(self) -> int:
@@ -227,7 +238,7 @@ class MixMIMTransformer(nn.Module):
         if prune_norm or cut:
             self.norm = nn.Identity()
         if prune_head or cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
             self.reset_classifier(0, "")
         return taken
 

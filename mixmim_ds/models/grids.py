@@ -27,7 +27,7 @@ def stage_windows(img_size: Shape, window_size: Windows, stages: int) -> list[tu
         sides = [_fitting_side(grid) for grid in grids]
     else:
         sides = [window_size] * stages if isinstance(window_size, int) else list(window_size)
-    if len(sides) != stages or min(sides) < 1:
+    if len(sides) != stages or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"window_size={window_size} must be a positive number, or one for each of {stages} stages.")
     windows = [(min(side, rows), min(side, columns)) for side, (rows, columns) in zip(sides, grids, strict=True)]
     for stage, (grid, window) in enumerate(zip(grids, windows, strict=True)):

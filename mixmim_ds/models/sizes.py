@@ -1,7 +1,9 @@
 """The encoder's sizes, as registered with timm."""
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
@@ -28,12 +30,21 @@ default_cfgs = generate_default_cfgs(
 _WINDOWS_384 = (16, 16, 24, 12)
 
 
-def _build(variant: str, pretrained: bool, **kwargs: Any) -> MixMIMTransformer:
+def _build(
+    variant: str,
+    pretrained: bool,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> MixMIMTransformer:
+    """`device`, `dtype`: where and as what the model is made, as timm's own models take them."""
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(
-        MixMIMTransformer, variant, pretrained,
-        feature_cfg=features, pretrained_filter_fn=checkpoint_filter_fn, **kwargs,
-    )  # fmt: skip
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            MixMIMTransformer, variant, pretrained,
+            feature_cfg=features, pretrained_filter_fn=checkpoint_filter_fn, **kwargs,
+        )  # fmt: skip
+    return model.to(dtype=dtype)
 
 
 @register_model

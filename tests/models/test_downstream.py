@@ -51,6 +51,19 @@ def test_a_detector_learns_through_its_pyramid() -> None:
     assert not [name for name, p in named.items() if p.grad is None or not (p.grad.isfinite().all() and p.grad.any())]
 
 
+def test_a_backbone_is_resized_through_the_model_it_wraps() -> None:
+    torch.manual_seed(0)
+    backbone = timm.create_model("mixmim_tiny", features_only=True, img_size=64).eval()
+    backbone.model.set_input_size(SIZE)
+    maps = backbone(torch.rand(1, 3, *SIZE))
+    assert [tuple(m.shape[1:]) for m in maps] == [(32, 24, 48), (64, 12, 24), (128, 6, 12), (256, 3, 6)]
+    fitted = timm.create_model("mixmim_tiny", features_only=True, img_size=SIZE).eval()
+    fitted.load_state_dict(backbone.state_dict())
+    images = torch.rand(1, 3, *SIZE)
+    for found, expected in zip(backbone(images), fitted(images), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_timms_scripts_reach_the_models_by_name(tmp_path: Path) -> None:
     """By the one line of the README, with a script that knows of timm alone in the place of timm's train.py."""
     script = tmp_path / "train.py"

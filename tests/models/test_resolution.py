@@ -153,6 +153,7 @@ def test_a_file_of_no_known_shape_is_one_sentence() -> None:
         ({"window_size": (7, 7, 5, 7)}, "gives stage 3 a grid of 14x14 tokens that windows of 5 do not fit"),
         ({"window_size": (7, 7)}, r"window_size=\(7, 7\) must be a positive number, or one for each of 4 stages"),
         ({"window_size": 0}, "window_size=0 must be a positive number"),
+        ({"window_size": ((7, 7),) * 4}, r"window_size=\(\(7, 7\),.* must be a positive number, or one for each"),
     ],
 )
 def test_a_size_that_does_not_fit_leaves_the_model_as_it_was(arguments: dict[str, object], sentence: str) -> None:

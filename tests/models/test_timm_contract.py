@@ -51,6 +51,8 @@ def test_config_says_what_the_model_is(name: str) -> None:
     assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
     assert model.no_weight_decay() <= {key for key, _ in model.named_parameters()}
     assert apply_test_time_pool(model, config)[1] is False
+    with pytest.raises(TypeError, match="no_option"):
+        timm.create_model(name, device="meta", no_option=1)
 
 
 def test_features_head_and_classifier(name: str) -> None:
@@ -88,6 +90,16 @@ def test_feature_maps_are_the_stages(name: str, taken: tuple[int, ...]) -> None:
         assert torch.equal(found, stages[index])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_feature_maps_can_be_scripted_and_exported(name: str) -> None:
+    backbone = small(name, features_only=True, out_indices=(0, 2))
+    images = images_for(backbone.model)
+    with torch.no_grad():
+        expected = backbone(images)
+        for form in (torch.jit.script(backbone), torch.export.export(backbone, (images,)).module()):
+            torch.testing.assert_close(list(form(images)), expected)
+
+
 def test_intermediates_in_every_form(name: str) -> None:
     model = small(name)
     images = images_for(model)
@@ -96,8 +108,8 @@ def test_intermediates_in_every_form(name: str) -> None:
         assert torch.equal(features, model.forward_features(images)) and torch.equal(maps[-1], features)
         planes = model.forward_intermediates(images, indices=2, intermediates_only=True)
         assert [m.shape[1] for m in planes] == [model.feature_info[stage]["num_chs"] for stage in (2, 3)]
-        (early,) = model.forward_intermediates(images, indices=[1], stop_early=True, intermediates_only=True)
-        assert torch.equal(early, maps[1].permute(0, 3, 1, 2))
+        end, (early,) = model.forward_intermediates(images, indices=[1], stop_early=True, norm=True)
+        assert torch.equal(early, maps[1].permute(0, 3, 1, 2)) and torch.equal(end, maps[1])
         with pytest.raises(ValueError, match="output_fmt='NLC' must be NCHW or NHWC"):
             model.forward_intermediates(images, output_fmt="NLC")
         assert model.prune_intermediate_layers([1]) == [1]
