@@ -89,6 +89,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
+def read_whole_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, once every byte of it has been read and is what was written.
+
+    Raises:
+        ValueError: as `read_checkpoint`, or a file was altered.
+    """
+    found = read_checkpoint(path)
+    if altered := found.altered():
+        raise ValueError(found.complaint(altered))
+    return found
+
+
 def steps_of(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, complete or not, newest first."""
     return sorted((run_dir / "checkpoints").glob("step_????????"), reverse=True)
@@ -98,10 +110,7 @@ def newest_complete(run_dir: Path) -> Checkpoint | None:
     """The newest checkpoint of a run folder that is whole; damaged ones are named in the log and passed over."""
     for path in steps_of(run_dir):
         try:
-            found = read_checkpoint(path)
-            if altered := found.altered():
-                raise ValueError(found.complaint(altered))
-            return found
+            return read_whole_checkpoint(path)
         except ValueError as error:
             log.warning("%s It is passed over.", error)
     return None

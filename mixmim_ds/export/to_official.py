@@ -4,12 +4,13 @@ from pathlib import Path
 
 import timm
 from safetensors.torch import load_file
+from timm.models._manipulate import reinit_non_persistent_buffers
 
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.export.official import save_official
 from mixmim_ds.export.to_timm import DECODER_FILE
 from mixmim_ds.export.weights import read_weights
-from mixmim_ds.models import MixMIM, MixMIMTransformer, build_model
+from mixmim_ds.models import MixMIM, MixMIMTransformer
 
 
 def export_official(source: Path, out: Path) -> None:
@@ -25,9 +26,10 @@ def export_official(source: Path, out: Path) -> None:
 
 def _trained(source: Path) -> MixMIM:
     weights = read_weights(source)
-    model = build_model(weights.config.model)
-    model.load_state_dict({name: tensor.contiguous() for name, tensor in weights.tensors.items()})
-    return model
+    tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
+    weights.model.load_state_dict(tensors, assign=True)
+    reinit_non_persistent_buffers(weights.model)
+    return weights.model
 
 
 def _exported(folder: Path) -> MixMIM | MixMIMTransformer:

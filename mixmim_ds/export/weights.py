@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from mixmim_ds.checkpoints import Checkpoint, newest_complete, read_checkpoint
+from mixmim_ds.checkpoints import Checkpoint, newest_complete, read_whole_checkpoint
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.zero_files import Scattered, read_saved
@@ -39,7 +39,8 @@ def read_weights(source: Path) -> Weights:
     Needs neither a GPU nor a process group, and no memory before a tensor is asked for.
 
     Raises:
-        ValueError: there is no complete checkpoint, or it holds another model than its run's config.yaml says.
+        ValueError: there is no complete checkpoint, or a file of it was altered, or it holds another model than its
+            run's config.yaml says.
     """
     checkpoint = _find(source)
     run_dir = checkpoint.path.parent.parent
@@ -65,7 +66,7 @@ def _find(source: Path) -> Checkpoint:
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give a run folder or one of its checkpoints.")
     if not (source / "checkpoints").is_dir():
-        return read_checkpoint(source.resolve())
+        return read_whole_checkpoint(source.resolve())
     newest = newest_complete(source.resolve())
     if newest is None:
         raise ValueError(f"{source} holds no complete checkpoint; the run must reach train.save_every first.")

@@ -193,6 +193,13 @@ def test_a_bad_source_is_one_sentence(damage: object, sentence: str, own: Path, 
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_named_checkpoint_with_altered_bytes_is_refused(own: Path, tmp_path: Path) -> None:
+    damage_zeros(own)
+    (checkpoint,) = (own / "checkpoints").glob("step_*")
+    assert "optim_states.pt is not what was written" in refusal(checkpoint, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(trained: Path, tmp_path: Path) -> None:
     """On a file system of one MiB, in a mount namespace of the command's own."""
     disk = tmp_path / "disk"
