@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, command, environment, numbers, rows, run
+from launching import ROOT, command, environment, numbers, rows, run, tasks
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,7 +61,7 @@ def test_any_launcher_and_number_of_processes_computes_the_same(small_run: list[
 def test_fp32_is_plain_torch_to_six_digits(small_run: list[str], tmp_path: Path) -> None:
     """The same micro-batches through a loop of plain PyTorch on one process: no engine, no accumulation tricks."""
     overrides = [*small_run, f"run_dir={tmp_path / 'run'}", "precision=fp32", "train.max_steps=3"]
-    run("deepspeed", *overrides)
+    tasks(*overrides)
     config = load_config(overrides)
     index = open_index(Path(config.data.root), Path(config.data.index_dir))
     batches = open_loader(config, index, Share(0, 1, 4), torch.device("cpu"), cores=2).batches(0)
@@ -90,12 +90,12 @@ def test_fp32_is_plain_torch_to_six_digits(small_run: list[str], tmp_path: Path)
 
 def test_ten_and_ten_steps_are_twenty_to_the_last_digit(small_run: list[str], tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    run("deepspeed", *small_run, f"run_dir={straight}", "train.max_steps=20")
+    tasks(*small_run, f"run_dir={straight}", "train.max_steps=20")
     run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=10")
     printed = run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=20")
     assert "step 11/20" in printed and "step 10/20" not in printed, "it goes on where it stopped"
     assert numbers(broken) == numbers(straight)
-    again = run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=20")
+    again = tasks(*small_run, f"run_dir={broken}", "train.max_steps=20")
     assert "nothing is left to do" in again and numbers(broken) == numbers(straight)
 
 
@@ -105,7 +105,7 @@ def test_two_and_two_steps_are_four_to_the_last_digit(
 ) -> None:
     broken = tmp_path / "broken"
     for steps in (2, 4):
-        run("deepspeed", *small_run, f"run_dir={broken}", f"ds={ds}", f"train.max_steps={steps}")
+        tasks(*small_run, f"run_dir={broken}", f"ds={ds}", f"train.max_steps={steps}")
     assert numbers(broken) == numbers(stage_run(ds, "bf16"))
 
 
@@ -113,7 +113,7 @@ def test_two_and_two_steps_are_four_to_the_last_digit(
 def twelve(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of twelve steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("twelve") / "run"
-    run("deepspeed", *small_run, f"run_dir={folder}", "train.max_steps=12")
+    tasks(*small_run, f"run_dir={folder}", "train.max_steps=12")
     return folder
 
 
@@ -159,7 +159,7 @@ def test_a_signal_to_one_rank_stops_all_with_everything_saved(
     steps = len(rows(stopped))
     assert 3 <= steps < 12 and f"stopped after step {steps}" in printed
     assert (stopped / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
-    run("deepspeed", *small_run, f"run_dir={stopped}", "train.max_steps=12")
+    tasks(*small_run, f"run_dir={stopped}", "train.max_steps=12")
     assert numbers(stopped) == numbers(twelve)
 
 
@@ -178,7 +178,7 @@ def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str]
         newest = newest_complete(killed)
         assert newest is not None and newest.step >= max(target - 1, reached), "what was saved is still there"
         reached = newest.step
-    run("deepspeed", *small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
+    tasks(*small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
     assert numbers(killed) == numbers(twelve)
     assert not list((killed / "checkpoints").glob("*.tmp"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import numbers, run
+from launching import numbers, run, tasks
 
 from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.zero_files import MOMENTS, Saved, read_saved
@@ -27,7 +27,7 @@ def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
     straight, moved = stage_run("zero1", precision), tmp_path / "moved"
     options = [*small_run, f"precision={precision}", f"run_dir={moved}"]
     for steps, processes, ds in ((1, 2, "zero2"), (2, 1, "zero1"), (4, 2, "zero3")):
-        run("deepspeed", *options, f"ds={ds}", f"train.max_steps={steps}", processes=processes)
+        tasks(*options, f"ds={ds}", f"train.max_steps={steps}", processes=processes)
     # Only the order in which micro-batches are summed differs: 1e-7 apart in fp32; in bf16 that flips roundings of
     # the working weights (2^-9 each, of few of them), which moved the loss by 1.5e-5.
     tolerance = 1e-6 if precision == "fp32" else 1e-4
@@ -51,7 +51,7 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
 ) -> None:
     folder = tmp_path / "run"
     options = [*small_run, f"run_dir={folder}", "train.save_every=1", "train.keep_last=5"]
-    run("deepspeed", *options, "train.max_steps=5")
+    tasks(*options, "train.max_steps=5")
     expected = numbers(folder)
     checkpoints = folder / "checkpoints"
     altered = next((checkpoints / "step_00000005").glob("*model_states.pt"))
@@ -61,7 +61,7 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
     next((checkpoints / "step_00000004").glob("*rank_1*optim_states.pt")).unlink()
     (checkpoints / "step_00000003" / "COMPLETE.json").write_text("")
     (checkpoints / "latest").write_text("step_00000099")
-    printed = run("deepspeed", *options, "train.max_steps=5")
+    printed = tasks(*options, "train.max_steps=5")
     for step, reason in ((5, f"{altered.name} is not what was written"), (4, "is missing"), (3, "COMPLETE.json")):
         assert any(f"step_0000000{step}" in line and reason in line for line in printed.splitlines()), reason
     assert "going on from" in printed and "step 3/5" in printed and "step 2/5" not in printed
