@@ -1,28 +1,20 @@
 """Which images a folder holds: found once, memory-mapped afterwards.
 
-An index lies in index_dir/<hash of the folder's path>/ as .npy files and meta.json. It is built beside that
-place and renamed into it: it is there as a whole or not at all, and builders that meet do each other no harm.
+An index lies in index_dir/<hash of the folder's path>/ (`storage`).
 
 N  images    D  directories    L  bytes of the longest path
 """
 
-import errno
 import hashlib
-import json
 import os
-import shutil
-import tempfile
-import time
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from mixmim_ds.data import scan
-
-FORMAT_VERSION = 1
-LEFTOVER_S = 7 * 86400  # no build takes a week, so what is older was left by a builder that was killed
+from mixmim_ds.data.storage import Store, Stored, place_of
 
 
 @dataclass(frozen=True)
@@ -63,43 +55,16 @@ def open_index(root: Path, index_dir: Path, progress: bool = False) -> Index:
     if not os.path.isdir(root):
         raise ValueError(f"data.root={root} is a file: give the folder that holds the images.")
     root = root.resolve()
-    place = index_dir / hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    index = _load_current(place, root)
-    if index is not None:
-        return index
-    try:
-        index_dir.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(place)
-        # NFS keeps what another process still maps, in hidden files that cannot be removed yet
-        with tempfile.TemporaryDirectory(prefix=f"{place.name}.", dir=index_dir, ignore_cleanup_errors=True) as scratch:
-            _build(Path(scratch, "index"), root, index_dir, progress)
-            return _install(Path(scratch), place, root)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"data.index_dir={index_dir} cannot be written ({reason}): give a folder that can.") from error
+    return _store(root, index_dir).open(lambda: _build(root, index_dir, progress))
 
 
-def _load_current(place: Path, root: Path) -> Index | None:
-    """The index at `place`, or None if there is no whole one or a directory below `root` has changed since."""
-    try:
-        meta = (place / "meta.json").read_bytes()
-        index = _load(place, root)
-        current = _directories_unchanged(place, root)
-        # or else another builder has changed the place while it was read
-        same = (place / "meta.json").read_bytes() == meta
-    except (OSError, EOFError, ValueError, KeyError, TypeError):  # all that absent and damaged files lead to
-        return None
-    return index if current and same else None
+def _store(root: Path, index_dir: Path) -> Store[Index]:
+    place = place_of(index_dir, os.fsencode(root))
+    return Store(place, partial(_wrap, root), partial(_directories_unchanged, root))
 
 
-def _load(place: Path, root: Path) -> Index:
-    """The index at `place`; damage raises OSError, EOFError, ValueError, KeyError or TypeError."""
-    meta = json.loads((place / "meta.json").read_bytes())
-    if meta["version"] != FORMAT_VERSION:
-        raise ValueError(f"index of version {meta['version']}")
-    arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in meta["arrays"]}
-    if _describe(arrays) != meta["arrays"]:
-        raise ValueError("arrays of another index")
+def _wrap(root: Path, stored: Stored) -> Index:
+    arrays, meta = stored.arrays, stored.meta
     return Index(
         root=root,
         paths=arrays["paths"],
@@ -111,38 +76,14 @@ def _load(place: Path, root: Path) -> Index:
     )
 
 
-def _directories_unchanged(place: Path, root: Path) -> bool:
+def _directories_unchanged(root: Path, stored: Stored) -> bool:
     """Whether all directories have the times they had; raises OSError if one is gone."""
-    times = scan.mtimes_of(os.fsencode(root), np.load(place / "directories.npy"))
-    return np.array_equal(times, np.load(place / "mtimes.npy"))
+    times = scan.mtimes_of(os.fsencode(root), stored.arrays["directories"])
+    return np.array_equal(times, stored.arrays["mtimes"])
 
 
-def _install(scratch: Path, place: Path, root: Path) -> Index:
-    """Move scratch/index to `place`; an outdated index makes way for it, that of a faster builder stays."""
-    index = _load(scratch / "index", root)
-    while True:
-        try:
-            (scratch / "index").rename(place)
-            return index
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        faster = _load_current(place, root)
-        if faster is not None:
-            return faster
-        with suppress(FileNotFoundError):  # another builder may have moved it away by now
-            place.rename(tempfile.mkdtemp(dir=scratch))
-
-
-def _remove_leftovers(place: Path) -> None:
-    for scratch in place.parent.glob(f"{place.name}.*"):
-        with suppress(OSError):  # gone by now, or another user's
-            if time.time() - scratch.stat().st_mtime > LEFTOVER_S:
-                shutil.rmtree(scratch)
-
-
-def _build(target: Path, root: Path, index_dir: Path, progress: bool) -> None:
-    """Look at every image below `root` and write the index into the new folder `target`."""
+def _build(root: Path, index_dir: Path, progress: bool) -> Stored:
+    """Look at every image below `root`."""
     listing = scan.list_images(os.fsencode(root), os.fsencode(index_dir), progress)
     if not len(listing.images):
         raise ValueError(
@@ -166,23 +107,8 @@ def _build(target: Path, root: Path, index_dir: Path, progress: bool) -> None:
         "directories": listing.directories,
         "mtimes": listing.mtimes,
     }
-    meta = {
-        "version": FORMAT_VERSION,
-        "root": str(root),
-        "fingerprint": _fingerprint(paths, measured),
-        "classes": classes,
-        "broken": broken,
-        "arrays": _describe(arrays),
-    }
-    target.mkdir()
-    for name, array in arrays.items():
-        np.save(target / f"{name}.npy", array)
-    (target / "meta.json").write_text(json.dumps(meta))
-
-
-def _describe(arrays: dict[str, np.ndarray]) -> dict[str, list[object]]:
-    """Type and shape of arrays, as JSON gives them back."""
-    return {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
+    fingerprint = _fingerprint(paths, measured)
+    return Stored(arrays, {"root": str(root), "fingerprint": fingerprint, "classes": classes, "broken": broken})
 
 
 def _table(names: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mixmim_ds.data import index as index_module
-from mixmim_ds.data import scan
+from mixmim_ds.data import scan, storage
 from mixmim_ds.data.index import Index, open_index
 
 
@@ -251,7 +251,7 @@ def test_damaged_indices_are_rebuilt(root: Path, index_dir: Path, damage: Callab
     whole = contents(open_index(root, index_dir))  # copied: damage would be seen through a memory map
     damage(place_of(index_dir))
     assert contents(open_index(root, index_dir)) == whole
-    assert index_module._load_current(place_of(index_dir), root.resolve()) is not None
+    assert index_module._store(root.resolve(), index_dir).current() is not None
 
 
 def test_an_index_that_is_replaced_while_it_is_read_is_not_used(
@@ -260,12 +260,12 @@ def test_an_index_that_is_replaced_while_it_is_read_is_not_used(
     open_index(root, index_dir)
     place = place_of(index_dir)
 
-    def replaced(*_: Path) -> bool:
+    def replaced(*_: object) -> bool:
         edit(place / "meta.json", fingerprint="another")
         return True
 
     monkeypatch.setattr(index_module, "_directories_unchanged", replaced)
-    assert index_module._load_current(place, root.resolve()) is None
+    assert index_module._store(root.resolve(), index_dir).current() is None
 
 
 def test_leftovers_of_killed_builders_go_after_a_week(root: Path, index_dir: Path):
@@ -323,7 +323,7 @@ def test_a_kill_at_any_moment_leaves_no_index_or_a_whole_one(root: Path, index_d
             os.utime(root, ns=(event, event))
         _, status = os.waitpid(in_child(killed_at(event, index_dir, lambda: open_index(root, index_dir))), 0)
         for place in index_dir.glob("?" * 16):
-            assert len(index_module._load(place, root)) == 5
+            assert len(storage._read(place).arrays["sizes"]) == 5
         assert len(open_index(root, index_dir)) == 5
         if status == 0:
             break
@@ -343,16 +343,17 @@ def test_builders_that_meet_do_no_harm(root: Path, index_dir: Path, outdated: bo
 
     builders = [in_child(build) for _ in range(8)]
     assert [os.waitpid(builder, 0)[1] for builder in builders] == [0] * 8
-    assert index_module._load_current(place_of(index_dir), root.resolve()) is not None
+    assert index_module._store(root.resolve(), index_dir).current() is not None
 
 
 def test_the_index_of_a_faster_builder_stays(root: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch):
     build = index_module._build
 
-    def slow(*arguments) -> None:
-        build(*arguments)
+    def slow(*arguments) -> storage.Stored:
+        stored = build(*arguments)
         monkeypatch.setattr(index_module, "_build", build)
         open_index(root, index_dir)
+        return stored
 
     monkeypatch.setattr(index_module, "_build", slow)
     index = open_index(root, index_dir)
