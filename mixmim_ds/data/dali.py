@@ -1,4 +1,4 @@
-"""The DALI pipeline: from a path, a crop window and a flip to pixels; on the GPU or, from the same graph, on the CPU.
+"""The DALI pipeline: from a file, a crop window and a flip to pixels; on the GPU or, from the same graph, on the CPU.
 
 It has no random operator and no state: what it reads is fed by the plan (DALI documentation: external_source,
 decoders.image_slice, resize, crop_mirror_normalize).
@@ -13,17 +13,21 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-Feed = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+from mixmim_ds.data.index import Source
+
+Feed = Callable[[int], tuple[np.ndarray | list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]]
 
 
 def build_pipeline(
-    feed: Feed, batch: int, img_size: int, device: torch.device, threads: int, prefetch: int
+    feed: Feed, source: Source, batch: int, img_size: int, device: torch.device, threads: int, prefetch: int
 ) -> Pipeline:
-    """Crops of image files, resized (antialiased bicubic) and flipped: uint8 [batch, 3, img_size, img_size].
+    """Crops of images, resized (antialiased bicubic) and flipped: uint8 [batch, 3, img_size, img_size].
 
     Args:
-        feed: called with 0, 1, 2, ...; returns for one batch the NUL-padded paths uint8 [batch, L], the corners
-            int32 [batch, 2] and sizes int32 [batch, 2] of the windows (rows, columns), and the flips int32 [batch].
+        feed: called with 0, 1, 2, ...; returns for one batch the images (see `source`), the corners int32 [batch, 2]
+            and sizes int32 [batch, 2] of the windows (rows, columns), and the flips int32 [batch].
+        source: what the feed gives of each image: "paths", NUL-padded in uint8 [batch, L], or "bytes", the content of
+            its file in an uint8 array of its own.
         device: where the pixels end up; a GPU also decodes ("mixed"), a CPU decodes bit-exactly as PIL does.
         threads: CPU threads for reading and for what the GPU cannot decode.
         prefetch: batches worked on ahead.
@@ -40,12 +44,13 @@ def build_pipeline(
         exec_dynamic=True,
     )
     def graph() -> object:
-        """What happens to one batch, from its paths to its pixels."""
-        paths, corner, size, flip = fn.external_source(
+        """What happens to one batch, from its paths or bytes to its pixels."""
+        encoded, corner, size, flip = fn.external_source(
             feed, num_outputs=4, batch=True, dtype=[types.UINT8] + 3 * [types.INT32], ndim=[1, 1, 1, 0]
         )
-        # mmap serialises opens, grows with every path and dies with SIGBUS when a file shrinks.
-        encoded = fn.io.file.read(paths, dont_use_mmap=True)
+        if source == "paths":
+            # mmap serialises opens, grows with every path and dies with SIGBUS when a file shrinks.
+            encoded = fn.io.file.read(encoded, dont_use_mmap=True)
         # A header that does not parse takes the whole process down in the decoder, but is an exception here; and a
         # window from an outdated index stays inside the image.
         image = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)

@@ -10,16 +10,21 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO, ClassVar, Literal
 
 import numpy as np
 
 from mixmim_ds.data import scan
 from mixmim_ds.data.storage import Store, Stored, place_of
 
+Source = Literal["paths", "bytes"]  # what an index gives of its images: where their files lie, or what those hold
+
 
 @dataclass(frozen=True)
 class Index:
     """The images of a folder, in the order of the bytes of their relative paths; the arrays are memory-mapped."""
+
+    gives: ClassVar[Source] = "paths"
 
     root: Path
     paths: np.ndarray  # uint8 [N, L], NUL-padded, relative to root, encoded as by os.fsencode
@@ -32,9 +37,23 @@ class Index:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, i: int) -> str:
+        """Where image i lies, relative to the root."""
+        return os.fsdecode(self.paths[i].tobytes().rstrip(b"\0"))
+
     def path(self, i: int) -> Path:
         """The file of image i."""
-        return self.root / os.fsdecode(self.paths[i].tobytes().rstrip(b"\0"))
+        return self.root / self.name(i)
+
+    def open(self, i: int) -> IO[bytes]:
+        """The file of image i, opened; raises OSError if it cannot be."""
+        return open(self.path(i), "rb")
+
+    def give(self, ids: np.ndarray) -> np.ndarray:
+        """The absolute paths of these images, uint8 [B, L], NUL-padded."""
+        names = self.paths[ids]
+        root = np.frombuffer(os.fsencode(self.root) + b"/", np.uint8)
+        return np.concatenate([np.broadcast_to(root, (len(names), len(root))), names], axis=1)
 
 
 def open_index(root: Path, index_dir: Path, progress: bool = False) -> Index:

@@ -1,10 +1,8 @@
 """What the training loop sees of the data: this rank's micro-batches from a given step on, prefetched."""
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +14,10 @@ from mixmim_ds.config import DataConfig, RunConfig
 from mixmim_ds.data.dali import build_pipeline, run_pipeline
 from mixmim_ds.data.index import Index
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
+from mixmim_ds.data.scan import image_size, reason_of
 from mixmim_ds.models.grids import CELL
+
+Images = Index
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Share:
         return step, k * self.size + self.rank
 
 
-def open_loader(config: RunConfig, index: Index | None, share: Share, device: torch.device, cores: int) -> Loader:
+def open_loader(config: RunConfig, index: Images | None, share: Share, device: torch.device, cores: int) -> Loader:
     """The loader that `data.kind` names, over the images of the index (None = synthetic ones).
 
     Args:
@@ -77,7 +78,7 @@ def open_loader(config: RunConfig, index: Index | None, share: Share, device: to
     )
     if index is None:
         return SyntheticLoader(plan, share, data, model.img_size, device)
-    return FolderLoader(index, plan, share, data, model.img_size, device, data.threads or cores)
+    return DaliLoader(index, plan, share, data, model.img_size, device, data.threads or cores)
 
 
 class Normalise:
@@ -93,12 +94,12 @@ class Normalise:
         return (pixels / 255 - self.mean) / self.std
 
 
-class FolderLoader:
-    """Micro-batches of image files, cut and decoded by DALI as the plan says."""
+class DaliLoader:
+    """Micro-batches of image files or tar shards, cut and decoded by DALI as the plan says."""
 
     def __init__(
         self,
-        index: Index,
+        index: Images,
         plan: Plan,
         share: Share,
         data: DataConfig,
@@ -109,7 +110,6 @@ class FolderLoader:
         self.index, self.plan, self.share, self.data = index, plan, share, data
         self.img_size, self.device, self.threads = img_size, device, threads
         self.normalise = Normalise(data, device)
-        self.root = np.frombuffer(os.fsencode(index.root) + b"/", np.uint8)
         self.wait_s = 0.0
 
     def batches(self, start: int) -> Iterator[MicroBatch]:
@@ -121,16 +121,21 @@ class FolderLoader:
         planned: dict[int, MicroBatchPlan] = {}
         first = start * self.share.accumulation
 
-        def feed(iteration: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        def feed(iteration: int) -> tuple[np.ndarray | list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
             batch = self.plan.micro_batch_at(*self.share.place(first + iteration))
             planned[iteration] = batch
-            names = self.index.paths[batch.ids]
-            paths = np.concatenate([np.broadcast_to(self.root, (len(names), len(self.root))), names], axis=1)
+            images = self.index.give(batch.ids)
             corner, size = batch.windows[:, :2], batch.windows[:, 2:]
-            return paths, np.ascontiguousarray(corner), np.ascontiguousarray(size), batch.flips.astype(np.int32)
+            return images, np.ascontiguousarray(corner), np.ascontiguousarray(size), batch.flips.astype(np.int32)
 
         pipeline = build_pipeline(
-            feed, self.plan.micro_batch, self.img_size, self.device, self.threads, self.data.prefetch
+            feed,
+            self.index.gives,
+            self.plan.micro_batch,
+            self.img_size,
+            self.device,
+            self.threads,
+            self.data.prefetch,
         )
         iteration = 0
         while True:
@@ -146,20 +151,24 @@ class FolderLoader:
             iteration += 1
 
     def _explain(self, batch: MicroBatchPlan, error: RuntimeError) -> RuntimeError:
-        """DALI's message carries no path, so look for the culprit among the files of the batch."""
-        for path in map(self.index.path, batch.ids):
-            reason = _why_broken(path)
+        """DALI's message carries no name, so look for the culprit among the images of the batch."""
+        for i in batch.ids:
+            reason = _why_broken(self.index, i)
             if reason:
-                return RuntimeError(f"{path} cannot be decoded ({reason}); repair it or take it out of data.root.")
-        return RuntimeError(f"DALI failed although every file of the batch can be decoded by PIL: {error}")
+                name = self.index.name(i)
+                return RuntimeError(f"{name} cannot be decoded ({reason}); repair it or take it out of data.root.")
+        return RuntimeError(f"DALI failed although every image of the batch can be decoded by PIL: {error}")
 
 
-def _why_broken(path: Path) -> str:
+def _why_broken(index: Images, i: int) -> str:
     try:
-        with Image.open(path) as image:
-            image.load()
+        with index.open(i) as file:
+            image_size(file)  # tells what is no image at all in better words than PIL
+            file.seek(0)
+            with Image.open(file) as image:
+                image.load()
     except Exception as error:
-        return str(error)
+        return reason_of(error)
     return ""
 
 

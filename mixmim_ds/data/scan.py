@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from PIL.BmpImagePlugin import BmpImageFile
@@ -138,9 +139,13 @@ def _measure_batch(root: bytes, names: np.ndarray, measured: np.ndarray) -> list
         try:
             measured[row] = _measure_file(os.path.join(root, name))
         except Exception as error:  # whatever strikes a parser that meets arbitrary bytes
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            broken.append((os.fsdecode(name), reason))
+            broken.append((os.fsdecode(name), reason_of(error)))
     return broken
+
+
+def reason_of(error: Exception) -> str:
+    """Why an image is broken, in few words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _measure_file(path: bytes) -> tuple[int, int, int]:
@@ -149,15 +154,20 @@ def _measure_file(path: bytes) -> tuple[int, int, int]:
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise ValueError("not a regular file")
     with open(path, "rb") as file:
-        head = file.read(WEBP_HEADER)
-        file.seek(0)
-        if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-            width, height = _webp_size(head)
-        else:
-            width, height = _pillow_class(head)(file).size
+        return *image_size(file), status.st_size
+
+
+def image_size(file: IO[bytes]) -> tuple[int, int]:
+    """Height and width of the image in a file open at its beginning; what is none raises what its parser raises."""
+    head = file.read(WEBP_HEADER)
+    file.seek(0)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        width, height = _webp_size(head)
+    else:
+        width, height = _pillow_class(head)(file).size
     if not (width and height):
         raise ValueError(f"{width} x {height} pixels")
-    return height, width, status.st_size
+    return height, width
 
 
 def _pillow_class(head: bytes) -> type[ImageFile]:

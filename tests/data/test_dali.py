@@ -27,7 +27,8 @@ def feed_of(paths: list[Path], windows: np.ndarray, flips: np.ndarray):
 def decode(
     paths: list[Path], windows: np.ndarray, flips: np.ndarray, img_size: int = 128, device: torch.device = CPU
 ) -> torch.Tensor:
-    pipeline = build_pipeline(feed_of(paths, windows, flips), len(paths), img_size, device, threads=2, prefetch=2)
+    feed = feed_of(paths, windows, flips)
+    pipeline = build_pipeline(feed, "paths", len(paths), img_size, device, threads=2, prefetch=2)
     return run_pipeline(pipeline, device).clone().cpu()
 
 

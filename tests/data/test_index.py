@@ -92,6 +92,19 @@ def test_arrays_have_the_promised_types_and_are_memory_mapped(root: Path, index_
         assert all(isinstance(array, np.memmap) for array in (index.paths, index.sizes, index.labels))
 
 
+def test_images_are_named_opened_and_given_as_a_table_of_paths(root: Path, index_dir: Path):
+    index = open_index(root, index_dir)
+    assert (index.gives, index.name(3)) == ("paths", "dog/y.png")
+    with index.open(3) as file:
+        assert file.read() == (root / "dog" / "y.png").read_bytes()
+    table = index.give(np.array([3, 2]))
+    assert table.dtype == np.uint8 and table.shape == (2, len(os.fsencode(root)) + 1 + len("dog/deep/er/x.JPG"))
+    assert [os.fsdecode(row.tobytes().rstrip(b"\0")) for row in table] == [
+        f"{root}/dog/y.png",
+        f"{root}/dog/deep/er/x.JPG",
+    ]
+
+
 def test_classes_are_sorted_by_name_even_where_paths_sort_otherwise(tmp_path: Path, index_dir: Path):
     for name in ("a-b/1.png", "a/1.png", "Z/1.png", "empty/nothing.txt", "a!.png"):
         if name.endswith("txt"):
