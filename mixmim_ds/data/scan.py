@@ -107,7 +107,7 @@ def mtimes_of(root: bytes, directories: np.ndarray) -> np.ndarray:
     def look(rows: slice) -> list[int]:
         return [os.stat(os.path.join(root, name)).st_mtime_ns for name in directories[rows].tolist()]
 
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         return np.array([mtime for batch in pool.map(look, _batches(len(directories))) for mtime in batch])
 
 
@@ -122,7 +122,7 @@ def measure(root: bytes, names: np.ndarray, progress: bool) -> tuple[np.ndarray,
     broken: list[tuple[str, str]] = []
     batches = list(_batches(len(names)))
     with (
-        ThreadPoolExecutor(_threads()) as pool,
+        ThreadPoolExecutor(threads()) as pool,
         tqdm(desc="reading headers", total=len(names), unit=" images", disable=None if progress else True) as bar,
     ):
         failures = pool.map(lambda rows: _measure_batch(root, names[rows], measured[rows]), batches)
@@ -194,7 +194,8 @@ def _webp_size(head: bytes) -> tuple[int, int]:
     raise ValueError("damaged WebP header")
 
 
-def _threads() -> int:
+def threads() -> int:
+    """How many threads look at files at once."""
     return max(8, len(os.sched_getaffinity(0)))  # they wait for storage more than they compute
 
 
