@@ -57,8 +57,8 @@ class ModelConfig:
 class DataConfig:
     """The images and how they are cut; what follows from them is computed from (train.seed, step)."""
 
-    kind: str = "folder"  # folder: image files at any depth of `root`; synthetic: random pixels, for benchmarks
-    root: str | None = None
+    kind: str = "folder"  # image files at any depth of `root`; shards: tar files; synthetic: random, for benchmarks
+    root: str | None = None  # a folder; of shards a pattern, '/data/train-{000000..001281}.tar' or '/data/*.tar'
     index_dir: str = "~/.cache/mixmim_ds"  # where found images are remembered; every node must see it
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height
@@ -70,7 +70,7 @@ class DataConfig:
     synthetic_images: int = 1_281_167  # size of the epoch of data=synthetic
 
     def __post_init__(self) -> None:
-        _one_of("data.kind", self.kind, ("folder", "synthetic"))
+        _one_of("data.kind", self.kind, ("folder", "shards", "synthetic"))
         _positive("data", self, "prefetch synthetic_images")
         _require(self.threads >= 0, f"data.threads={self.threads} must be 0 (automatic) or a number of threads.")
         for name in ("crop_scale", "crop_ratio"):
@@ -159,10 +159,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(
             self.data.kind == "synthetic" or bool(self.data.root),
-            "data.root is not set; add data.root=DIR, the folder that holds the images.",
+            "data.root is not set; add data.root=DIR, the folder that holds the images"
+            + (", or of tar files their pattern, data.root='DIR/*.tar'." if self.data.kind == "shards" else "."),
         )
         _require(
-            self.data.kind == "folder" or not self.data.root,
+            self.data.kind != "synthetic" or not self.data.root,
             "data.root has no effect with data=synthetic; remove it.",
         )
         _one_of("precision", self.precision, ("bf16", "fp32", "fp16"))
@@ -211,10 +212,18 @@ def load_config(overrides: list[str]) -> RunConfig:
     ConfigStore.instance().store(name="schema", node=RunConfig)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config: Any = OmegaConf.to_object(compose("pretrain", overrides))
+            config: Any = OmegaConf.to_object(compose("pretrain", [_with_quotes(each) for each in overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error)) from error
     return config
+
+
+def _with_quotes(override: str) -> str:
+    """The override, `data.root` in quotes: braces, brackets and commas of a pattern mean something else to Hydra."""
+    option, _, value = override.partition("=")
+    if option != "data.root" or value in ("", "null") or value[0] in "'\"":
+        return override
+    return "{}='{}'".format(option, value.replace("'", "\\'"))
 
 
 def _explain(error: Exception) -> str:

@@ -71,6 +71,26 @@ def test_a_value_out_of_bounds_is_one_sentence_that_names_the_option(override: s
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("/data/train-{000000..001281}.tar", None),
+        ("'/data/train-{000000..001281}.tar'", "/data/train-{000000..001281}.tar"),
+        ("/data/{a,b c}/[0-9]*.tar", None),
+        ("/it's=/x (1).tar", None),
+        ("${run_dir}/{a,b}.tar", "DIR/{a,b}.tar"),
+    ],
+)
+def test_the_pattern_of_shards_is_taken_as_it_is_written(written: str, meant: str | None) -> None:
+    config = load_config(["run_dir=DIR", "data=shards", f"data.root={written}"])
+    assert (config.data.kind, config.data.root) == ("shards", meant or written)
+
+
+def test_shards_without_a_pattern_are_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"data\.root is not set; .*, or of tar files their pattern, data\.root='DIR"):
+        load_config(["run_dir=DIR", "data=shards"])
+
+
 def test_a_ds_file_of_ones_own_is_taken_by_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("{}")

@@ -15,9 +15,10 @@ from mixmim_ds.data.dali import build_pipeline, run_pipeline
 from mixmim_ds.data.index import Index
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
 from mixmim_ds.data.scan import image_size, reason_of
+from mixmim_ds.data.shards import ShardIndex
 from mixmim_ds.models.grids import CELL
 
-Images = Index
+Images = Index | ShardIndex  # two kinds of storage, one contract
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.config import RunConfig
-from mixmim_ds.data.index import Index, open_index
-from mixmim_ds.data.loader import Loader, Share, open_loader
+from mixmim_ds.data.index import open_index
+from mixmim_ds.data.loader import Images, Loader, Share, open_loader
+from mixmim_ds.data.shards import open_shards
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.distributed import (
@@ -110,13 +111,19 @@ def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSp
     return found.step, engine
 
 
-def _find_images(config: RunConfig, world: World) -> Index | None:
+def _find_images(config: RunConfig, world: World) -> Images | None:
     """The index of `data.root`, made by the first rank if need be and memory-mapped by the others after it."""
     if config.data.kind == "synthetic":
         return None
-    root, index_dir = Path(config.data.root or ""), Path(config.data.index_dir).expanduser()
-    on_first_rank(world, lambda: bool(open_index(root, index_dir, progress=True)))
-    return open_index(root, index_dir)
+    root, index_dir = config.data.root or "", Path(config.data.index_dir).expanduser()
+
+    def find(progress: bool) -> Images:
+        if config.data.kind == "shards":
+            return open_shards(root, index_dir, progress)
+        return open_index(Path(root), index_dir, progress)
+
+    on_first_rank(world, lambda: bool(find(progress=True)))
+    return find(progress=False)
 
 
 def _train(run: Run, stop: StopRequest) -> int:
