@@ -9,6 +9,8 @@ MISTAKES = {
     "missing folder": (["data.root=DIR/nowhere"], "data.root"),
     "empty folder": (["data.root=DIR/empty"], "data.root"),
     "no images": (["data.root=DIR/texts"], "data.root"),
+    "a shard is missing": (["data=shards", "data.root=DIR/{0..3}.tar"], "/{0..3}.tar matches no file"),
+    "a shard is no tar": (["data=shards", "data.root=DIR/texts/*"], "/texts/a.txt is no tar file"),
     "no data at all": (["data=folder"], "data.root"),
     "unknown option": (["train.epoch=3"], "train.epoch is no option; did you mean train.epochs?"),
     "wrong type": (["train.epochs=many"], "train.epochs: Value 'many'"),

@@ -20,6 +20,7 @@ from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.config import load_config
 from mixmim_ds.data.index import open_index
 from mixmim_ds.data.loader import Share, open_loader
+from mixmim_ds.data.pack import pack
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.optim import parameter_groups
 
@@ -205,3 +206,21 @@ def test_the_run_folder_is_what_the_readme_says(small_run: list[str], tmp_path: 
     row = rows(folder)[3]
     assert row["images_per_s"] == pytest.approx(32 / row["step_time_s"], rel=1e-3) and 0 <= row["data_wait"] <= 1
     assert row["mfu"] is None and row["memory_gib"] > 0
+
+
+def test_shards_train_on_any_number_of_processes_and_may_move(
+    photographs: Path, small_run: list[str], tmp_path: Path
+) -> None:
+    pack(open_index(photographs, tmp_path / "index"), tmp_path / "shards", per_shard=64)
+    options = [*small_run, "data=shards", "precision=fp32", "train.save_every=3"]
+    pattern, moved = f"{tmp_path}/shards/train-{{000000..000004}}.tar", tmp_path / "moved"
+    run("deepspeed", *options, f"data.root={pattern}", f"run_dir={tmp_path / 'two'}", "train.max_steps=3")
+    (tmp_path / "shards").rename(moved)
+    run("deepspeed", *options, f"data.root={moved}/*.tar", f"run_dir={tmp_path / 'two'}", "train.max_steps=4")
+    alone = [*options, f"data.root={moved}/*.tar", f"run_dir={tmp_path / 'one'}", "train.max_steps=4"]
+    run("python", *alone, processes=1)
+    found, expected = numbers(tmp_path / "two"), numbers(tmp_path / "one")
+    assert [row[0] for row in found] == [1, 2, 3, 4] and len({row[1] for row in found}) == 4
+    for row, other in zip(found, expected, strict=True):
+        # The same micro-batches, summed in another order.
+        assert row[1:] == pytest.approx(other[1:], rel=1e-5)
