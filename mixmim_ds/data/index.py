@@ -15,7 +15,7 @@ from typing import IO, ClassVar, Literal
 import numpy as np
 
 from mixmim_ds.data import scan
-from mixmim_ds.data.storage import Store, Stored, place_of
+from mixmim_ds.data.storage import Store, Stored, place_of, release
 
 Source = Literal["paths", "bytes"]  # what an index gives of its images: where their files lie, or what those hold
 
@@ -52,6 +52,7 @@ class Index:
     def give(self, ids: np.ndarray) -> np.ndarray:
         """The absolute paths of these images, uint8 [B, L], NUL-padded."""
         names = self.paths[ids]
+        release(self.paths, self.sizes)  # the plan has just read the sizes of these images
         root = np.frombuffer(os.fsencode(self.root) + b"/", np.uint8)
         return np.concatenate([np.broadcast_to(root, (len(names), len(root))), names], axis=1)
 

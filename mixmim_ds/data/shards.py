@@ -22,7 +22,7 @@ from mixmim_ds.data.index import Source
 from mixmim_ds.data.pattern import find_shards
 from mixmim_ds.data.scan import EXTENSIONS, threads
 from mixmim_ds.data.spans import SpanReader
-from mixmim_ds.data.storage import Store, Stored, place_of
+from mixmim_ds.data.storage import Store, Stored, place_of, release
 from mixmim_ds.data.tars import Contents, Label, read_contents
 
 
@@ -56,7 +56,9 @@ class ShardIndex:
 
     def give(self, ids: np.ndarray) -> list[np.ndarray]:
         """What the files of these images hold, uint8 [bytes] each; nothing of one that cannot be read."""
-        return self.reader.read(self.spans[ids])
+        spans = self.spans[ids]
+        release(self.spans, self.sizes)  # the plan has just read the sizes of these images
+        return self.reader.read(spans)
 
 
 def open_shards(pattern: str, index_dir: Path, progress: bool = False) -> ShardIndex:

@@ -7,6 +7,7 @@ each other no harm.
 import errno
 import hashlib
 import json
+import mmap
 import shutil
 import tempfile
 import time
@@ -19,6 +20,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 FORMAT_VERSION = 1
+RESIDENT_BYTES = 1 << 25  # of an array; mapping rows again costs 8 us each, so smaller ones stay as they are
 LEFTOVER_S = 7 * 86400  # no build takes a week, so what is older was left by a builder that was killed
 
 T = TypeVar("T")
@@ -98,6 +100,17 @@ class Store(Generic[T]):
                 return faster
             with suppress(FileNotFoundError):  # another builder may have moved it away by now
                 self.place.rename(tempfile.mkdtemp(dir=scratch))
+
+
+def release(*arrays: np.ndarray) -> None:
+    """Let go of what reading these memory maps has made resident, if they are large; it stays in the page cache.
+
+    Rows at random would add up to whole tables in the resident memory of every rank, and clusters that kill by the sum
+    of it count each rank's share again.
+    """
+    for array in arrays:
+        if isinstance(array.base, mmap.mmap) and array.nbytes > RESIDENT_BYTES:
+            array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _read(folder: Path) -> Stored:
