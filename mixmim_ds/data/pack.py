@@ -40,22 +40,13 @@ def pack(index: Index, out: Path, per_shard: int, progress: bool = False) -> lis
         raise ValueError(f"--per-shard={per_shard} must be a positive number of images.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"OUT={out} is there already and not an empty folder: name another, or remove it.")
-    order = _hashed_order(index)
-    parts = [order[first : first + per_shard] for first in range(0, len(order), per_shard)]
-    names = [f"train-{number:06}.tar" for number in range(len(parts))]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
             # One folder deeper: the temporary one is closed to other users, which the shards must not be.
             draft = Path(scratch, out.name)
             draft.mkdir()
-            with ThreadPoolExecutor(threads()) as pool:
-                firsts = range(0, len(order), per_shard)
-                writing = pool.map(_write_shard, len(parts) * [index], parts, firsts, [draft / name for name in names])
-                bar = tqdm(total=len(order), desc="packing", unit=" images", disable=None if progress else True)
-                with bar:
-                    for part, _ in zip(parts, writing, strict=True):
-                        bar.update(len(part))
+            names = _write_shards(index, draft, per_shard, progress)
             (draft / CLASSES).write_text(json.dumps(index.classes, indent=1))
             draft.rename(out)
     except OSError as error:
@@ -65,13 +56,30 @@ def pack(index: Index, out: Path, per_shard: int, progress: bool = False) -> lis
     return [out / name for name in names]
 
 
+def _write_shards(index: Index, folder: Path, per_shard: int, progress: bool) -> list[str]:
+    """All shards, several at a time; their names."""
+    order = _hashed_order(index)
+    firsts = range(0, len(order), per_shard)
+    names = [f"train-{number:06}.tar" for number in range(len(firsts))]
+    with (
+        ThreadPoolExecutor(threads()) as pool,
+        tqdm(total=len(order), desc="packing", unit=" images", disable=None if progress else True) as bar,
+    ):
+
+        def write(first: int, name: str) -> None:
+            _write_shard(index, order[first : first + per_shard], first, folder / name, bar)
+
+        list(pool.map(write, firsts, names))  # raises what one of them has raised
+    return names
+
+
 def _hashed_order(index: Index) -> np.ndarray:
     """The images by the hash of their paths, int64 [N]."""
     hashes = [hashlib.blake2b(path.tobytes().rstrip(b"\0"), digest_size=8).digest() for path in index.paths]
     return np.argsort(np.frombuffer(b"".join(hashes), ">u8"), kind="stable")
 
 
-def _write_shard(index: Index, ids: np.ndarray, first: int, path: Path) -> None:
+def _write_shard(index: Index, ids: np.ndarray, first: int, path: Path, bar: tqdm) -> None:
     """The images `ids`, numbered from `first` on: the number keeps keys apart whatever files are called."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for number, i in enumerate(ids.tolist(), first):
@@ -84,6 +92,8 @@ def _write_shard(index: Index, ids: np.ndarray, first: int, path: Path) -> None:
             _add(archive, key + extension.lower(), content)
             if index.labels[i] >= 0:
                 _add(archive, f"{key}.cls", str(index.labels[i]).encode())
+            with bar.get_lock():
+                bar.update()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

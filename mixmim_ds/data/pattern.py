@@ -3,6 +3,9 @@
 import glob
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+
+from mixmim_ds.data.scan import threads
 
 INNERMOST = re.compile(r"\{([^{}]*)\}")
 
@@ -42,8 +45,11 @@ def find_shards(pattern: str) -> list[str]:
         names = expand_braces(pattern)
     except ValueError as error:
         raise ValueError(f"data.root={pattern} {error}.") from error
-    found = {name: [name] if os.path.exists(name) else glob.glob(name, recursive=True) for name in names}
-    missing = [name for name, files in found.items() if not files]
+    with ThreadPoolExecutor(threads()) as pool:  # each look at a file may wait for the storage
+        found = dict(zip(names, pool.map(_files_of, names), strict=True))
+        files = sorted({file for group in found.values() for file in group}, key=lambda file: os.path.split(file)[::-1])
+        folders = [file for file, is_folder in zip(files, pool.map(os.path.isdir, files), strict=True) if is_folder]
+    missing = [name for name, group in found.items() if not group]
     if len(missing) == len(names):
         raise ValueError(f"data.root={pattern} matches no file: give the tar files, as in '/data/train-*.tar'.")
     if missing:
@@ -51,11 +57,13 @@ def find_shards(pattern: str) -> list[str]:
             f"data.root={pattern} names {missing[0]}, which does not exist ({len(missing):,} of {len(names):,} are "
             "missing): bring it there or correct the braces."
         )
-    files = {file for files in found.values() for file in files}
-    folders = sorted(filter(os.path.isdir, files))
     if folders:
         raise ValueError(
             f"data.root={pattern} names a folder, {folders[0]}: with data=shards give the tar files in it, as in "
             f"'{folders[0].rstrip('/')}/*.tar', or take data=folder."
         )
-    return sorted(files, key=lambda file: (os.path.basename(file), file))
+    return files
+
+
+def _files_of(name: str) -> list[str]:
+    return [name] if os.path.exists(name) else glob.glob(name, recursive=True)
