@@ -216,7 +216,7 @@ def test_shards_train_on_any_number_of_processes_and_may_move(
     pattern, moved = f"{tmp_path}/shards/train-{{000000..000004}}.tar", tmp_path / "moved"
     run("deepspeed", *options, f"data.root={pattern}", f"run_dir={tmp_path / 'two'}", "train.max_steps=3")
     (tmp_path / "shards").rename(moved)
-    run("deepspeed", *options, f"data.root={moved}/*.tar", f"run_dir={tmp_path / 'two'}", "train.max_steps=4")
+    tasks(*options, f"data.root={moved}/*.tar", f"run_dir={tmp_path / 'two'}", "train.max_steps=4")
     alone = [*options, f"data.root={moved}/*.tar", f"run_dir={tmp_path / 'one'}", "train.max_steps=4"]
     run("python", *alone, processes=1)
     found, expected = numbers(tmp_path / "two"), numbers(tmp_path / "one")
