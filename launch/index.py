@@ -1,22 +1,54 @@
-"""Looks after data sets.
+"""Looks after folders of images.
 
-python launch/index.py --pack DIR OUT [--per-shard N]   writes the images of a folder as tar shards for data=shards
+python launch/index.py DIR             builds the index that training uses, or opens it if the folder is unchanged
+python launch/index.py DIR --verify    decodes every image and lists what is broken, too small, too large or odd
+python launch/index.py --pack DIR OUT [--per-shard N]   writes the images as tar shards for data=shards
 """
 
 import argparse
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from mixmim_ds.config import DataConfig
-from mixmim_ds.data.index import open_index
+from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.pack import pack
+from mixmim_ds.data.storage import place_of
+from mixmim_ds.data.verify import KINDS, verify
 
 
-def pack_folder(arguments: argparse.Namespace) -> str:
+def describe(index: Index, place: Path) -> str:
+    """What the index holds, a line each."""
+    order = np.argsort(index.sizes.prod(1, dtype=np.int64))
+    smallest, largest = (f"{width} x {height}" for height, width in index.sizes[order[[0, -1]]].tolist())
+    left_out = f"; {len(index.broken):,} files without a readable header are left out" if index.broken else ""
+    return (
+        f"images       {len(index):,}{left_out}\n"
+        f"classes      {len(index.classes):,}\n"
+        f"sizes        {smallest} to {largest} pixels, median of the shorter side "
+        f"{np.median(index.sizes.min(1)):.0f}\n"
+        f"fingerprint  {index.fingerprint}\n"
+        f"index        {place}"
+    )
+
+
+def list_findings(index: Index) -> bool:
+    """Decodes all images, prints what was found and a summary; whether something is broken."""
+    found = list(verify(index, progress=True))
+    for finding in found:
+        print(f"{finding.kind}: {finding.image} ({finding.reason})")
+    count = Counter(finding.kind for finding in found)
+    print(f"{len(index) + len(index.broken):,} files: " + ", ".join(f"{count[kind]:,} {kind}" for kind in KINDS))
+    return count["broken"] > 0
+
+
+def pack_folder(index: Index, arguments: argparse.Namespace) -> str:
     """Packs as asked; returns what was written and how to train on it. ValueError on a user's mistake."""
     if arguments.out is None:
         raise ValueError("--pack wants two folders: DIR, of the images, and OUT, to be made for the shards.")
-    index = open_index(arguments.root, arguments.index_dir.expanduser(), progress=True)
     shards = pack(index, arguments.out, arguments.per_shard, progress=True)
     left_out = f" ({len(index.broken):,} broken files left out)" if index.broken else ""
     pattern = arguments.out.resolve() / f"train-{{000000..{len(shards) - 1:06}}}.tar"
@@ -27,20 +59,28 @@ def pack_folder(arguments: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """Reads the command line; a user's mistake ends in one line and exit code 2."""
+    """Reads the command line and looks; 1 if --verify has found something broken, 2 after one line on a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, metavar="DIR", help="the folder of the images")
+    parser.add_argument("root", type=Path, metavar="DIR", help="the folder of the images, data.root of a run")
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="with --pack, the folder to make")
-    parser.add_argument("--pack", action="store_true", required=True, help="write the images of DIR as tar shards")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument("--verify", action="store_true", help="decode every image; exit code 1 if one is broken")
+    task.add_argument("--pack", action="store_true", help="write the images of DIR as tar shards")
     parser.add_argument("--per-shard", type=int, default=10_000, help="images of a shard (default: %(default)s)")
     parser.add_argument("--index-dir", type=Path, default=DataConfig.index_dir, help="default: %(default)s")
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names need not be UTF-8
+    root, index_dir = arguments.root, arguments.index_dir.expanduser()
     try:
-        print(pack_folder(arguments))
+        index = open_index(root, index_dir, progress=True)
+        if arguments.pack:
+            print(pack_folder(index, arguments))
+            return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    print(describe(index, place_of(index_dir, os.fsencode(root.resolve()))))
+    return int(arguments.verify and list_findings(index))
 
 
 if __name__ == "__main__":

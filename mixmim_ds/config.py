@@ -67,12 +67,15 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     threads: int = 0  # CPU threads that decode, per process; 0 = its share of the cores given to this job
     prefetch: int = 3  # micro-batches decoded ahead; 1 would leave the GPU waiting
+    # Share of the data set that may turn out broken before the run ends. It is exact: below 1,000 images 0.001 is none.
+    max_bad_share: float = 0.001
     synthetic_images: int = 1_281_167  # size of the epoch of data=synthetic
 
     def __post_init__(self) -> None:
         _one_of("data.kind", self.kind, ("folder", "shards", "synthetic"))
         _positive("data", self, "prefetch synthetic_images")
         _require(self.threads >= 0, f"data.threads={self.threads} must be 0 (automatic) or a number of threads.")
+        _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share={self.max_bad_share} must lie in 0 .. 1.")
         for name in ("crop_scale", "crop_ratio"):
             ends = getattr(self, name)
             ordered = len(ends) == 2 and 0 < ends[0] <= ends[1]
@@ -184,7 +187,7 @@ class RunConfig:
 # may move: its fingerprint is compared instead of its path.
 FREE = {
     "run_dir", "ds", "compile", "activation_checkpointing",
-    "data.root", "data.index_dir", "data.threads", "data.prefetch",
+    "data.root", "data.index_dir", "data.threads", "data.prefetch", "data.max_bad_share",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
     "train.picture_every", "train.start_timeout_s", "train.step_timeout_s",
 }  # fmt: skip

@@ -56,6 +56,7 @@ def test_the_authors_recipe_is_the_default_but_for_its_length() -> None:
         ("model.decoder_num_heads=7", "model.decoder_dim=512 must be a multiple of 4 and of model.decoder_num_heads=7"),
         ("data.crop_scale=[0.5,0.2]", "data.crop_scale=[0.5, 0.2] must be two positive numbers"),
         ("data.crop_scale=[0.5,2]", "data.crop_scale=[0.5, 2.0] must not exceed 1"),
+        ("data.max_bad_share=2", "data.max_bad_share=2.0 must lie in 0 .. 1."),
         ("optim.clip_grad=0", "optim.clip_grad=0.0 must be positive, or null"),
         ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers"),
         ("precision=int8", "precision=int8 must be one of bf16, fp32, fp16"),

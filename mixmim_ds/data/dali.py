@@ -15,7 +15,12 @@ from torch import Tensor
 
 from mixmim_ds.data.index import Source
 
-Feed = Callable[[int], tuple[np.ndarray | list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]]
+Fed = tuple[np.ndarray | list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]
+Feed = Callable[[int], Fed]
+
+
+class DecodeError(Exception):
+    """An image of a batch cannot be read or decoded, DALI does not tell which; the pipeline is of no use after that."""
 
 
 def build_pipeline(
@@ -80,8 +85,11 @@ def run_pipeline(pipeline: Pipeline, device: torch.device) -> Tensor:
     """The next batch, without copying it: uint8 [batch, 3, img_size, img_size] on the pipeline's device.
 
     Raises:
-        RuntimeError: an image of this batch cannot be read or decoded; the pipeline is of no use after that.
+        DecodeError: the batch cannot be had.
     """
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    (pixels,) = pipeline.run(stream) if stream is not None else pipeline.run()
+    try:
+        (pixels,) = pipeline.run(stream) if stream is not None else pipeline.run()
+    except RuntimeError as error:
+        raise DecodeError(" ".join(str(error).split())) from error
     return torch.from_dlpack(pixels.as_tensor())

@@ -1,5 +1,6 @@
 """What the training loop sees of the data: this rank's micro-batches from a given step on, prefetched."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,18 +8,17 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mixmim_ds.config import DataConfig, RunConfig
-from mixmim_ds.data.dali import build_pipeline, run_pipeline
-from mixmim_ds.data.index import Index
+from mixmim_ds.data.dali import DecodeError, Fed, Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
-from mixmim_ds.data.scan import image_size, reason_of
-from mixmim_ds.data.shards import ShardIndex
+from mixmim_ds.data.quarantine import DataFailed, Quarantine
+from mixmim_ds.data.shards import Images
 from mixmim_ds.models.grids import CELL
 
-Images = Index | ShardIndex  # two kinds of storage, one contract
+RETRIES = 3  # of a batch whose images all decode alone
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,16 @@ class Loader(Protocol):
 
     wait_s: float  # seconds that the loop has waited for `batches` so far
 
+    bad: dict[int, str]  # broken images known, by row of the index, and why; what other ranks have met may be added
+
     def batches(self, start: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of step `start`, of the next, and so on without end."""
+        """This rank's micro-batches of step `start`, of the next, and so on without end.
+
+        Broken images are replaced by the plan's next choice, whatever `bad` holds.
+
+        Raises:
+            DataFailed: nothing can be decoded any more.
+        """
 
 
 @dataclass(frozen=True)
@@ -111,66 +119,54 @@ class DaliLoader:
         self.index, self.plan, self.share, self.data = index, plan, share, data
         self.img_size, self.device, self.threads = img_size, device, threads
         self.normalise = Normalise(data, device)
+        self.quarantine = Quarantine(index, plan, device, self._open_pipeline, self._fed)
+        self.bad = self.quarantine.bad
         self.wait_s = 0.0
 
     def batches(self, start: int) -> Iterator[MicroBatch]:
-        """See `Loader`.
-
-        Raises:
-            RuntimeError: an image cannot be decoded; the message names it.
-        """
-        planned: dict[int, MicroBatchPlan] = {}
-        first = start * self.share.accumulation
-
-        def feed(iteration: int) -> tuple[np.ndarray | list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-            batch = self.plan.micro_batch_at(*self.share.place(first + iteration))
-            planned[iteration] = batch
-            images = self.index.give(batch.ids)
-            corner, size = batch.windows[:, :2], batch.windows[:, 2:]
-            return images, np.ascontiguousarray(corner), np.ascontiguousarray(size), batch.flips.astype(np.int32)
-
-        pipeline = build_pipeline(
-            feed,
-            self.index.gives,
-            self.plan.micro_batch,
-            self.img_size,
-            self.device,
-            self.threads,
-            self.data.prefetch,
-        )
-        iteration = 0
+        """See `Loader`."""
+        turn, failures = start * self.share.accumulation, 0
         while True:
-            began = time.perf_counter()
             try:
-                pixels = run_pipeline(pipeline, self.device)
-            except RuntimeError as error:
-                raise self._explain(planned[iteration], error) from error
+                for batch in self._batches_until_failure(turn):
+                    yield batch
+                    turn, failures = turn + 1, 0
+            except DecodeError as error:
+                began = time.perf_counter()
+                # Where no image is to blame, storage may have failed for a moment.
+                failures = 0 if self.quarantine.examine(*self.share.place(turn)) else failures + 1
+                if failures == RETRIES:
+                    raise DataFailed(
+                        f"DALI failed {RETRIES} times over images that it decodes alone: {error}"
+                    ) from error
+                self.wait_s += time.perf_counter() - began
+
+    def _batches_until_failure(self, first: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from number `first` on; DecodeError once one cannot be decoded."""
+        planned: dict[int, MicroBatchPlan] = {}
+
+        def feed(iteration: int) -> Fed:
+            planned[iteration] = self.quarantine.micro_batch_at(*self.share.place(first + iteration))
+            return self._fed(planned[iteration])
+
+        began = time.perf_counter()
+        pipeline = self._open_pipeline(feed, self.plan.micro_batch, self.data.prefetch)
+        for iteration in itertools.count():
+            pixels = run_pipeline(pipeline, self.device)
             batch = planned.pop(iteration)
             mask = torch.from_numpy(batch.mask).to(self.device, non_blocking=True)
             self.wait_s += time.perf_counter() - began
             yield MicroBatch(self.normalise(pixels), mask, batch.ids)
-            iteration += 1
+            began = time.perf_counter()
 
-    def _explain(self, batch: MicroBatchPlan, error: RuntimeError) -> RuntimeError:
-        """DALI's message carries no name, so look for the culprit among the images of the batch."""
-        for i in batch.ids:
-            reason = _why_broken(self.index, i)
-            if reason:
-                name = self.index.name(i)
-                return RuntimeError(f"{name} cannot be decoded ({reason}); repair it or take it out of data.root.")
-        return RuntimeError(f"DALI failed although every image of the batch can be decoded by PIL: {error}")
+    def _open_pipeline(self, feed: Feed, batch: int, prefetch: int) -> Pipeline:
+        return build_pipeline(feed, self.index.gives, batch, self.img_size, self.device, self.threads, prefetch)
 
-
-def _why_broken(index: Images, i: int) -> str:
-    try:
-        with index.open(i) as file:
-            image_size(file)  # tells what is no image at all in better words than PIL
-            file.seek(0)
-            with Image.open(file) as image:
-                image.load()
-    except Exception as error:
-        return reason_of(error)
-    return ""
+    def _fed(self, batch: MicroBatchPlan) -> Fed:
+        """What the pipeline is fed for these images."""
+        images = self.index.give(batch.ids)
+        corner, size = batch.windows[:, :2], batch.windows[:, 2:]
+        return images, np.ascontiguousarray(corner), np.ascontiguousarray(size), batch.flips.astype(np.int32)
 
 
 class SyntheticLoader:
@@ -183,6 +179,7 @@ class SyntheticLoader:
         pixels = torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
         self.images = Normalise(data, device)(pixels)
         self.wait_s = 0.0
+        self.bad: dict[int, str] = {}
 
     def batches(self, start: int) -> Iterator[MicroBatch]:
         """See `Loader`."""

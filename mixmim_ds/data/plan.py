@@ -13,7 +13,7 @@ from math import isqrt
 import numpy as np
 
 # Streams keep apart the draws that share the counters behind them. Changing one changes every run.
-ORDER, CROP, FLIP, MASK = range(4)
+ORDER, CROP, FLIP, MASK, REPLACE = range(5)
 
 # Increment and multipliers of SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number
 # generators", OOPSLA 2014, with the finaliser of Vigna's public-domain https://prng.di.unimi.it/splitmix64.c
@@ -74,8 +74,13 @@ class Plan:
         """Micro-batches of a global batch."""
         return self.global_batch // self.micro_batch
 
-    def micro_batch_at(self, step: int, k: int) -> MicroBatchPlan:
+    def micro_batch_at(self, step: int, k: int, choices: np.ndarray | None = None) -> MicroBatchPlan:
         """Micro-batch k of the global batch of `step`, both counted from 0.
+
+        Args:
+            choices: int [B], which choice of image each place gets: 0, as all do by default, is that of the
+                epoch's order, 1 the replacement for that, 2 the one for the replacement, and so on. The window is
+                cut for the size of the image chosen; flips and mask stay.
 
         Raises:
             IndexError: the step is negative or the global batch has no micro-batch k.
@@ -85,6 +90,8 @@ class Plan:
         places = np.arange(k * self.micro_batch, (k + 1) * self.micro_batch)
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         ids = order_at(self.seed, epoch, step_of_epoch * self.global_batch + places, len(self.sizes))
+        if choices is not None and choices.any():
+            ids = np.where(choices, replacements_at(self.seed, step, places, choices, len(self.sizes)), ids)
         windows = windows_at(self.seed, step, places, self.sizes[ids], self.crop_scale, self.crop_ratio)
         flips = flips_at(self.seed, step, places) if self.flip else np.zeros(len(places), bool)
         mask = mask_at(self.seed, step, k, self.mask_grid, self.mask_ratio)
@@ -153,6 +160,13 @@ def _feistel(numbers: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
         left = (left + (splitmix64(even, right) >> 1)) % a
         right = (right + (splitmix64(odd, left) >> 1)) % b
     return left * b + right
+
+
+def replacements_at(
+    seed: int, step: int | np.ndarray, places: np.ndarray, choices: np.ndarray, count: int
+) -> np.ndarray:
+    """The images that stand in for broken ones, drawn from all `count`; int64 of the arguments' broadcast shape."""
+    return (uniform(seed, REPLACE, step, places, choices) * count).astype(np.int64)
 
 
 def windows_at(

@@ -18,7 +18,7 @@ from typing import IO, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from mixmim_ds.data.index import Source
+from mixmim_ds.data.index import Index, Source
 from mixmim_ds.data.pattern import find_shards
 from mixmim_ds.data.scan import EXTENSIONS, threads
 from mixmim_ds.data.spans import SpanReader
@@ -59,6 +59,9 @@ class ShardIndex:
         spans = self.spans[ids]
         release(self.spans, self.sizes)  # the plan has just read the sizes of these images
         return self.reader.read(spans)
+
+
+Images = Index | ShardIndex  # two kinds of storage, one contract
 
 
 def open_shards(pattern: str, index_dir: Path, progress: bool = False) -> ShardIndex:

@@ -20,6 +20,10 @@ except ImportError:  # torch before it became public
 EXIT_REQUEUE = 85  # stopped on request with everything saved
 
 
+class RunFailed(Exception):
+    """Ends the run on every rank, in one line and with exit code 1."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all of the run."""

@@ -44,7 +44,8 @@ class Metrics:
     Reported per log step: `loss` (of that step, over the whole global batch), `lr` and `grad_norm` (of that update,
     before clipping); and over the time since the last report `images_per_s` (all processes), `step_time_s`,
     `data_wait` (share of the time that the loop waited for data) and `mfu` (3 x forward FLOPs x images/s/GPU over the
-    GPU's peak: the method's operations, recomputed ones not counted). A time spent saving is not counted.
+    GPU's peak: the method's operations, recomputed ones not counted). A time spent saving is not counted. `bad_images`
+    are the broken ones that any rank has met since step 0.
 
     Args:
         run_dir: rows and events of steps after `start` are dropped: a killed run left them and they come again.
@@ -69,7 +70,9 @@ class Metrics:
         """Measures time from here on."""
         self.since, self.began, self.waited = step, time.perf_counter(), waited
 
-    def report(self, step: int, epoch: float, loss: Tensor, lr: float, grad_norm: Any, waited: float) -> None:
+    def report(
+        self, step: int, epoch: float, loss: Tensor, lr: float, grad_norm: Any, waited: float, bad_images: int
+    ) -> None:
         """Writes one row; the only moment at which the host waits for the device.
 
         Args:
@@ -96,6 +99,7 @@ class Metrics:
             "data_wait": round((waited - self.waited) / elapsed, 4),
             "mfu": mfu and round(mfu, 4),
             "memory_gib": round(memory_gib(), 3),
+            "bad_images": bad_images,
         }
         if self.world.first:
             self._write(row)
@@ -135,6 +139,7 @@ class Metrics:
             f"mfu {row['mfu']:.0%}" if row["mfu"] else "",
             f"data {row['data_wait']:.1%}",
             f"mem {row['memory_gib']:.1f} GiB",
+            f"bad {row['bad_images']:,}" if row["bad_images"] else "",
             f"eta {left // 3600}h{left // 60 % 60:02d}m{left % 60:02d}s",
         ]
         return " | ".join(part for part in parts if part)

@@ -10,10 +10,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.index import open_index
-from mixmim_ds.data.loader import Images, Loader, Share, open_loader
-from mixmim_ds.data.shards import open_shards
+from mixmim_ds.data.loader import Loader, Share, open_loader
+from mixmim_ds.data.shards import Images, open_shards
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
+from mixmim_ds.train.bad_images import BadImages
 from mixmim_ds.train.distributed import (
     EXIT_REQUEUE,
     StopRequest,
@@ -40,6 +41,9 @@ def pretrain(config: RunConfig) -> int:
 
     Raises:
         ValueError: an option does not go with the others, the data or the run folder.
+        FloatingPointError: the loss or the gradient is not finite.
+        RunFailed: too many images are broken.
+        DataFailed: this rank cannot read the data any more.
     """
     world = connect(config.train.start_timeout_s)
     try:
@@ -60,6 +64,7 @@ class Run:
     config: RunConfig
     world: World
     loader: Loader
+    bad_images: BadImages
     engine: DeepSpeedEngine
     schedule: Schedule
     turns: int  # micro-batches of a step on this rank
@@ -95,7 +100,8 @@ def _prepare(config: RunConfig, world: World) -> Run:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = model.flops_per_image()  # before ZeRO-3 takes the weights apart
     start, engine = _resume(config, model, world)
-    return Run(config, world, loader, engine, schedule, turns, start, last, flops)
+    bad_images = BadImages(config, world, index, loader.bad)
+    return Run(config, world, loader, bad_images, engine, schedule, turns, start, last, flops)
 
 
 def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
@@ -153,8 +159,9 @@ def _train(run: Run, stop: StopRequest) -> int:
         reporting = step % train.log_every == 0 or step == run.last
         if reporting or saving:
             loss, grad_norm = torch.stack(losses).mean(), engine.get_global_grad_norm()
+            bad = run.bad_images.exchange()
         if reporting:
-            metrics.report(step, step / run.schedule.steps_per_epoch, loss, lr, grad_norm, run.loader.wait_s)
+            metrics.report(step, step / run.schedule.steps_per_epoch, loss, lr, grad_norm, run.loader.wait_s, bad)
             gc.collect()
         elif saving:
             metrics.check(step, loss, grad_norm)  # what is not finite must not be saved

@@ -20,6 +20,7 @@ from mixmim_ds.data.plan import (
     bits,
     mask_at,
     order_at,
+    replacements_at,
     splitmix64,
     uniform,
     windows_at,
@@ -190,6 +191,29 @@ def test_sizes_that_do_not_fit_are_refused_in_one_sentence(options: dict[str, in
 def test_places_outside_the_global_batch_are_refused(step: int, k: int):
     with pytest.raises(IndexError, match="no micro-batch"):
         plan().micro_batch_at(step, k)
+
+
+# Replacements
+
+
+def test_choices_name_other_images_and_leave_all_else_as_it_is():
+    sizes = np.random.default_rng(0).integers(64, 900, (1000, 2)).astype(np.int32)
+    varied = Plan(5, sizes, 32, 8, (7, 7))
+    first, choices = varied.micro_batch_at(3, 1), np.array([0, 1, 0, 2, 0, 0, 7, 0])
+    second = varied.micro_batch_at(3, 1, choices)
+    assert ((second.ids != first.ids) == (choices > 0)).all()
+    assert (second.windows[choices == 0] == first.windows[choices == 0]).all()
+    assert (second.windows[:, :2] + second.windows[:, 2:] <= sizes[second.ids]).all()
+    assert (second.flips == first.flips).all() and (second.mask == first.mask).all()
+
+
+def test_replacements_are_even_over_the_set_and_differ_between_steps_places_and_choices():
+    steps, places, choices = np.arange(300)[:, None, None], np.arange(32)[:, None], np.arange(1, 11)
+    drawn = replacements_at(1, steps, places, choices, 100)
+    assert drawn.min() == 0 and drawn.max() == 99
+    assert chisquare(np.bincount(drawn.ravel(), minlength=100)).pvalue > UNLIKELY
+    many = replacements_at(1, steps, places, choices, 10**12)
+    assert len(np.unique(many)) == many.size and not np.isin(replacements_at(2, 0, places, choices, 10**12), many).any()
 
 
 # The order of an epoch
