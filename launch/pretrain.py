@@ -7,14 +7,13 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 
 from mixmim_ds.config import load_config
-from mixmim_ds.train.distributed import rank_before_connecting
-from mixmim_ds.train.pretrain import pretrain
+from mixmim_ds.train.distributed import PeerLost, RunFailed, rank_before_connecting
 
 
 def main() -> int:
     """Reads the command line and runs.
 
-    A user's mistake ends in one line of rank 0 and exit code 2, a loss that is not finite in one line and exit code 1.
+    A user's mistake ends in one line of rank 0 and exit code 2, a run that cannot go on in one line and exit code 1.
     """
     parser = argparse.ArgumentParser(description=__doc__, epilog="Options: mixmim_ds/config.py, launch/conf/.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +experiment=NAME a recipe")
@@ -26,9 +25,13 @@ def main() -> int:
         if arguments.cfg:
             print(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
             return 0
+        from mixmim_ds.train.pretrain import (
+            pretrain,
+        )  # seconds of DeepSpeed and DALI, which a mistake need not wait for
+
         return pretrain(config)
-    except (ValueError, FloatingPointError) as error:
-        if rank_before_connecting() == 0:
+    except (ValueError, RunFailed) as error:
+        if rank_before_connecting() == 0 or isinstance(error, PeerLost):
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,57 @@ def run(launcher: str, *overrides: str, processes: int = 2, code: int = 0, scrip
     )  # fmt: skip
     assert done.returncode == code, done.stdout
     return done.stdout
+
+
+def start(*overrides: str) -> subprocess.Popen[str]:
+    """Starts a run of two processes by `deepspeed`, in a session of its own."""
+    return subprocess.Popen(
+        command("deepspeed", *overrides), cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """Waits for a line with the words; returns all lines so far."""
+    lines = ""
+    for line in process.stdout:
+        lines += line
+        if words in line:
+            return lines
+    raise AssertionError(f"{words!r} never came: {lines}")
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """The processes of the ranks that live: those in the launcher's session with the argument that it gave them."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes()
+            session = os.getsid(int(folder.name))
+        except (OSError, ProcessLookupError):
+            continue
+        rank = re.search(rb"\0--local_rank=(\d+)\0", arguments)
+        if session == process.pid and rank:
+            found[int(rank[1])] = int(folder.name)
+    return found
+
+
+def tasks(*overrides: str, processes: int = 2, code: int = 0, script: str = "launch/pretrain.py") -> str:
+    """Runs the ranks of a job without a launcher, which takes seconds to start; as srun starts them, each finds in its
+    environment who it is. Expects the exit code of all and returns what all printed."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with tempfile.TemporaryFile("w+") as printed:
+        started = []
+        for rank in range(processes):
+            who = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            names = environment() | place | {name: str(value) for name, value in who.items()}
+            task = [sys.executable, script, *overrides]
+            started.append(subprocess.Popen(task, cwd=ROOT, env=names, stdout=printed, stderr=subprocess.STDOUT))
+        codes = [process.wait(timeout=300) for process in started]
+        printed.seek(0)
+        text = printed.read()
+    assert set(codes) == {code}, text
+    return text
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

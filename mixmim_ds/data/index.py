@@ -40,9 +40,13 @@ class Index:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, i: int) -> str:
+        """The path of image i below the root."""
+        return os.fsdecode(self.paths[i].tobytes().rstrip(b"\0"))
+
     def path(self, i: int) -> Path:
         """The file of image i."""
-        return self.root / os.fsdecode(self.paths[i].tobytes().rstrip(b"\0"))
+        return self.root / self.name(i)
 
 
 def open_index(root: Path, index_dir: Path, progress: bool = False) -> Index:

@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -15,20 +17,24 @@ from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.distributed import (
     EXIT_REQUEUE,
+    PeerLost,
     StopRequest,
     World,
     connect,
     disconnect,
+    is_peer_lost,
+    mean_over_ranks,
     on_first_rank,
     share_of_cores,
     shorten_timeout,
 )
 from mixmim_ds.train.engine import accumulation, build_engine, set_lr
+from mixmim_ds.train.failures import BadSteps
 from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import Schedule
 from mixmim_ds.train.pictures import COLUMNS, draw
 from mixmim_ds.train.restore import load_weights, restore
-from mixmim_ds.train.run_folder import open_run_folder
+from mixmim_ds.train.run_folder import earlier_weights, open_run_folder
 from mixmim_ds.zero_files import read_saved
 
 log = logging.getLogger("mixmim_ds")
@@ -39,16 +45,22 @@ def pretrain(config: RunConfig) -> int:
 
     Raises:
         ValueError: an option does not go with the others, the data or the run folder.
+        RunFailed: it cannot go on: what it computes is not finite, it cannot be saved, or another rank is gone.
     """
     world = connect(config.train.start_timeout_s)
+    stop = StopRequest(world)
     try:
-        stop = StopRequest(world)
         run = _prepare(config, world)
         if run.start >= run.last:
             log.info("this run has already done its %s steps; nothing is left to do", f"{run.last:,}")
             return 0
         return _train(run, stop)
+    except RuntimeError as error:
+        if is_peer_lost(error):
+            raise PeerLost(world.rank, error) from error
+        raise
     finally:
+        stop.close()
         disconnect()
 
 
@@ -58,6 +70,8 @@ class Run:
 
     config: RunConfig
     world: World
+    lock: IO[str] | None  # on the run folder, while it is open
+    index: Index | None
     loader: Loader
     engine: DeepSpeedEngine
     schedule: Schedule
@@ -73,7 +87,11 @@ def _prepare(config: RunConfig, world: World) -> Run:
     model = build_model(config.model)
     index = _find_images(config, world)
     loader = open_loader(config, index, Share(world.rank, world.size, turns), world.device, share_of_cores())
-    open_run_folder(config, world, "synthetic" if index is None else index.fingerprint)
+    fingerprint = "synthetic" if index is None else index.fingerprint
+    weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
+    if weights:
+        load_weights(model, read_saved(weights))
+    lock = open_run_folder(config, world, fingerprint)
     schedule = Schedule(config.optim, train.global_batch, loader.plan.steps_per_epoch, train.epochs)
     last = min(schedule.total_steps, train.max_steps or schedule.total_steps)
     log.info(
@@ -94,7 +112,9 @@ def _prepare(config: RunConfig, world: World) -> Run:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = model.flops_per_image()  # before ZeRO-3 takes the weights apart
     start, engine = _resume(config, model, world)
-    return Run(config, world, loader, engine, schedule, turns, start, last, flops)
+    if weights:
+        log.info("starting anew from the weights of %s", weights)
+    return Run(config, world, lock, index, loader, engine, schedule, turns, start, last, flops)
 
 
 def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
@@ -124,6 +144,8 @@ def _train(run: Run, stop: StopRequest) -> int:
     metrics = Metrics(
         Path(config.run_dir), world, start, run.last, train.global_batch, run.flops_per_image, config.precision
     )
+    saver = checkpoint.Saver(engine, config, world, start)
+    bad_steps = BadSteps(config, world, str if run.index is None else run.index.name)
     batches = run.loader.batches(start)
     # Collected at the same steps everywhere, so that no rank waits for another one's collection.
     gc.disable()
@@ -131,32 +153,32 @@ def _train(run: Run, stop: StopRequest) -> int:
     while step < run.last:
         lr = run.schedule.lr_at(step)
         set_lr(engine, lr)
-        losses = []
+        losses, ids = [], []
         for _ in range(run.turns):
             batch = next(batches)
             loss, prediction = engine(batch.images, batch.mask)
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
+            ids.append(batch.ids)
         step += 1
         if step == start + 1:
             shorten_timeout(world, train.step_timeout_s)
         stopping = stop.agreed()
-        saving = step % train.save_every == 0 or step == run.last or stopping
+        ending = stopping or step == run.last
         reporting = step % train.log_every == 0 or step == run.last
-        if reporting or saving:
-            loss, grad_norm = torch.stack(losses).mean(), engine.get_global_grad_norm()
+        mean = mean_over_ranks(world, torch.stack(losses).mean().item()) if reporting else 0.0
+        if not (engine.was_step_applied() and math.isfinite(mean)):
+            bad_steps.note(step, lr, losses, ids, saver.newest)
         if reporting:
-            metrics.report(step, step / run.schedule.steps_per_epoch, loss, lr, grad_norm, run.loader.wait_s)
+            epoch = step / run.schedule.steps_per_epoch
+            metrics.report(step, epoch, mean, lr, engine.get_global_grad_norm(), run.loader.wait_s)
             gc.collect()
-        elif saving:
-            metrics.check(step, loss, grad_norm)  # what is not finite must not be saved
         if world.first and train.picture_every and (step % train.picture_every == 0 or step == run.last):
             picture = draw(batch.images, batch.mask, prediction, config.model.norm_pix_loss, config.data)
             metrics.picture(step, picture, COLUMNS)
-        if saving:
-            checkpoint.save(engine, config, world, step)
-            metrics.restart(step, run.loader.wait_s)
+        if ending or step % train.save_every == 0:
+            metrics.saved(saver.save(step, must=ending))
         if stopping:
             break
     stop.settle()

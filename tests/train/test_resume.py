@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import numbers, run
+from launching import numbers, run, tasks
 
 from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.zero_files import MOMENTS, Saved, read_saved
@@ -27,7 +27,7 @@ def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
     straight, moved = stage_run("zero1", precision), tmp_path / "moved"
     options = [*small_run, f"precision={precision}", f"run_dir={moved}"]
     for steps, processes, ds in ((1, 2, "zero2"), (2, 1, "zero1"), (4, 2, "zero3")):
-        run("deepspeed", *options, f"ds={ds}", f"train.max_steps={steps}", processes=processes)
+        tasks(*options, f"ds={ds}", f"train.max_steps={steps}", processes=processes)
     # Only the order in which micro-batches are summed differs: 1e-7 apart in fp32; in bf16 that flips roundings of
     # the working weights (2^-9 each, of few of them), which moved the loss by 1.5e-5.
     tolerance = 1e-6 if precision == "fp32" else 1e-4
@@ -51,7 +51,7 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
 ) -> None:
     folder = tmp_path / "run"
     options = [*small_run, f"run_dir={folder}", "train.save_every=1", "train.keep_last=5"]
-    run("deepspeed", *options, "train.max_steps=5")
+    tasks(*options, "train.max_steps=5")
     expected = numbers(folder)
     checkpoints = folder / "checkpoints"
     altered = next((checkpoints / "step_00000005").glob("*model_states.pt"))
@@ -61,7 +61,7 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
     next((checkpoints / "step_00000004").glob("*rank_1*optim_states.pt")).unlink()
     (checkpoints / "step_00000003" / "COMPLETE.json").write_text("")
     (checkpoints / "latest").write_text("step_00000099")
-    printed = run("deepspeed", *options, "train.max_steps=5")
+    printed = tasks(*options, "train.max_steps=5")
     for step, reason in ((5, f"{altered.name} is not what was written"), (4, "is missing"), (3, "COMPLETE.json")):
         assert any(f"step_0000000{step}" in line and reason in line for line in printed.splitlines()), reason
     assert "going on from" in printed and "step 3/5" in printed and "step 2/5" not in printed
@@ -73,10 +73,22 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
     assert (checkpoints / "latest").read_text() == "step_00000005"
 
 
-def test_what_is_not_finite_ends_the_run_and_is_not_saved(small_run: list[str], tmp_path: Path) -> None:
+def test_weights_start_anew_where_the_run_cannot_go_on(small_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = [*small_run, f"run_dir={folder}", "train.log_every=100", "train.save_every=1", "train.max_steps=9"]
-    printed = run("python", *options, "optim.base_lr=1e30", processes=1, code=1)
-    assert printed.splitlines()[-1].startswith("error: step 2 has loss nan"), printed
-    masters = saved_in(folder).masters.values()
-    assert all(master.contiguous().isfinite().all() for master in masters)
+    options = [*small_run, f"run_dir={folder}", "train.max_steps=2", "precision=fp32"]
+    refused = run("python", *options, "resume=weights", processes=1, code=2)
+    assert "resume=weights has no effect" in refused and not folder.exists()
+    run("python", *options, processes=1)
+    before, weights = numbers(folder), saved_in(folder).masters
+    anew = [*options, "train.global_batch=16", "resume=weights"]
+    printed = run("python", *anew, processes=1)
+    assert "starting anew from the weights of" in printed and [row[0] for row in numbers(folder)] == [1, 2]
+    assert numbers(folder)[0][1] < 0.99 * before[0][1], "it starts where the other run had come to"
+    assert numbers(folder / "earlier_1") == before
+    for name, master in saved_in(folder / "earlier_1").masters.items():
+        assert torch.equal(master.contiguous(), weights[name].contiguous())
+    expected = numbers(folder)
+    again = run("python", *anew, processes=1)
+    assert "nothing is left to do" in again and numbers(folder) == expected, "the same command goes on from its own"
+    other = run("python", *anew, "model.decoder_dim=128", processes=1, code=2)
+    assert "holds another model" in other.splitlines()[-1] and numbers(folder) == expected
