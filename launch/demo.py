@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the photographs, the run and what is drawn from it")
     out = parser.parse_args().out.resolve()
     run_dir, exported = out / "run", out / "timm"
-    call(sys.executable, "launch/photographs.py", str(out / "photographs"), "--views", "6")
+    call(sys.executable, "launch/photographs.py", str(out / "photographs"), "--views", "4")
     train(out / "photographs", run_dir)
     steps, losses = losses_of(run_dir)
     draw_loss(steps, losses, out / "loss.png")

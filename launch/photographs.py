@@ -1,6 +1,6 @@
 """Cut the real photographs that scikit-image's wheel ships into a set of image files, a folder a photograph.
 
-    python launch/photographs.py OUT_DIR [--count 2000] [--size 96 256] [--views 6]
+    python launch/photographs.py OUT_DIR [--count 2000] [--size 96 256] [--views 4]
 
 Nothing is downloaded. OUT_DIR/<photograph>/0000.jpg ... are crops of varied place, shape and scale; the folder
 is the class. Most are JPEGs (quality 70 to 95, some progressive, some 4:4:4, the grey ones of one channel), 2 %
