@@ -7,16 +7,13 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 
 from mixmim_ds.config import load_config
-from mixmim_ds.data.quarantine import DataFailed
-from mixmim_ds.train.distributed import RunFailed, rank_before_connecting
-from mixmim_ds.train.pretrain import pretrain
+from mixmim_ds.train.distributed import RankFailed, RunFailed, rank_before_connecting
 
 
 def main() -> int:
     """Reads the command line and runs.
 
-    A user's mistake ends in one line of rank 0 and exit code 2; a loss that is not finite, too many broken images and
-    data that cannot be read any more in one line and exit code 1.
+    A user's mistake ends in one line of rank 0 and exit code 2, a run that cannot go on in one line and exit code 1.
     """
     parser = argparse.ArgumentParser(description=__doc__, epilog="Options: mixmim_ds/config.py, launch/conf/.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +experiment=NAME a recipe")
@@ -28,10 +25,12 @@ def main() -> int:
         if arguments.cfg:
             print(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
             return 0
+        # Here, for a mistake need not wait for the seconds that DeepSpeed and DALI take.
+        from mixmim_ds.train.pretrain import pretrain
+
         return pretrain(config)
-    except (ValueError, FloatingPointError, RunFailed, DataFailed) as error:
-        # What data a rank cannot read is known to that rank alone; the rest is known to all.
-        if rank_before_connecting() == 0 or isinstance(error, DataFailed):
+    except (ValueError, RunFailed) as error:
+        if rank_before_connecting() == 0 or isinstance(error, RankFailed):
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

@@ -3,6 +3,7 @@
 A checkpoint exists when a folder bears its name and holds COMPLETE.json, which is written last.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -35,6 +36,19 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a file by this text, see `whole_file`."""
     with whole_file(path) as draft:
         draft.write_text(text)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Adds to a file all of the text; where that fails with an OSError, none of it."""
+    data = text.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def sync(path: Path) -> None:

@@ -97,11 +97,15 @@ class TrainConfig:
     keep_last: int = 2  # rolling checkpoints that stay
     keep_every: int = 0  # checkpoints of these steps stay for ever; 0 = none
     picture_every: int = 1000  # reconstructions into TensorBoard; 0 = none
+    max_failed_saves: int = 3  # in a row (disk full, run_dir read-only); the run ends at the last
+    max_bad_steps: int = 0  # with a loss or gradient that is not finite, left out; the run ends at one more
     start_timeout_s: int = 1800  # until the first step is done (indexing, compiling)
     step_timeout_s: int = 600  # a collective that takes longer means that a rank is dead
 
     def __post_init__(self) -> None:
         _positive("train", self, "epochs global_batch micro_batch log_every save_every start_timeout_s step_timeout_s")
+        _positive("train", self, "max_failed_saves")
+        _require(self.max_bad_steps >= 0, f"train.max_bad_steps={self.max_bad_steps} must not be negative.")
         _require(self.max_steps is None or self.max_steps > 0, f"train.max_steps={self.max_steps} must be positive.")
         _require(
             self.micro_batch % 2 == 0,
@@ -154,6 +158,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    resume: str = "auto"  # weights: where run_dir holds another run, set it aside and start anew from its weights
     ds: str = "zero1"  # a file of ds_configs/, or a path to another
     precision: str = "bf16"  # bf16 and fp16 keep fp32 masters in the optimizer
     compile: bool = False
@@ -169,6 +174,7 @@ class RunConfig:
             self.data.kind != "synthetic" or not self.data.root,
             "data.root has no effect with data=synthetic; remove it.",
         )
+        _one_of("resume", self.resume, ("auto", "weights"))
         _one_of("precision", self.precision, ("bf16", "fp32", "fp16"))
         _one_of("activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
         _require(
@@ -186,10 +192,11 @@ class RunConfig:
 # What may change between two starts of one run: where it runs and what it writes, never what it computes. A data set
 # may move: its fingerprint is compared instead of its path.
 FREE = {
-    "run_dir", "ds", "compile", "activation_checkpointing",
+    "run_dir", "resume", "ds", "compile", "activation_checkpointing",
     "data.root", "data.index_dir", "data.threads", "data.prefetch", "data.max_bad_share",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
-    "train.picture_every", "train.start_timeout_s", "train.step_timeout_s",
+    "train.picture_every", "train.max_failed_saves", "train.max_bad_steps",
+    "train.start_timeout_s", "train.step_timeout_s",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -45,9 +46,42 @@ def run(launcher: str, *overrides: str, processes: int = 2, code: int = 0, scrip
     return done.stdout
 
 
-def tasks(*overrides: str, processes: int = 2, script: str = "launch/pretrain.py") -> str:
-    """Runs the ranks of a job to a good end without a launcher, which takes seconds to start; as srun starts them, each
-    finds in its environment who it is. Returns all that was printed."""
+def start(*overrides: str) -> subprocess.Popen[str]:
+    """Starts a run of two processes by `deepspeed`, in a session of its own."""
+    return subprocess.Popen(
+        command("deepspeed", *overrides), cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """Waits for a line with the words; returns all lines so far."""
+    lines = ""
+    for line in process.stdout:
+        lines += line
+        if words in line:
+            return lines
+    raise AssertionError(f"{words!r} never came: {lines}")
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """The processes of the ranks that live: those in the launcher's session with the argument that it gave them."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes()
+            session = os.getsid(int(folder.name))
+        except (OSError, ProcessLookupError):
+            continue
+        rank = re.search(rb"\0--local_rank=(\d+)\0", arguments)
+        if session == process.pid and rank:
+            found[int(rank[1])] = int(folder.name)
+    return found
+
+
+def tasks(*overrides: str, processes: int = 2, code: int = 0, script: str = "launch/pretrain.py") -> str:
+    """Runs the ranks of a job without a launcher, which takes seconds to start; as srun starts them, each finds in its
+    environment who it is. Expects the exit code of all and returns what all printed."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryFile("w+") as printed:
         started = []
@@ -59,7 +93,7 @@ def tasks(*overrides: str, processes: int = 2, script: str = "launch/pretrain.py
         codes = [process.wait(timeout=300) for process in started]
         printed.seek(0)
         text = printed.read()
-    assert not any(codes), text
+    assert set(codes) == {code}, text
     return text
 
 

@@ -5,7 +5,7 @@ import logging
 from collections import ChainMap
 from pathlib import Path
 
-from mixmim_ds.checkpoints import write_whole
+from mixmim_ds.checkpoints import append_whole, write_whole
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.shards import Images
 from mixmim_ds.train.distributed import RunFailed, World, gather, on_first_rank
@@ -28,6 +28,7 @@ class BadImages:
         known: dict[int, str] = on_first_rank(world, lambda: _read(self.path))
         bad |= known
         self.told = set(known)
+        self.unwritten = ""
 
     def exchange(self) -> int:
         """All ranks tell each other what is new; the number of broken images of the run so far.
@@ -49,10 +50,14 @@ class BadImages:
         return len(self.told)
 
     def _write(self, new: dict[int, str], index: Images) -> None:
-        self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("a") as file:
-            for i in sorted(new):
-                file.write(json.dumps({"id": i, "image": index.name(i), "reason": new[i]}) + "\n")
+        for i in sorted(new):
+            self.unwritten += json.dumps({"id": i, "image": index.name(i), "reason": new[i]}) + "\n"
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            append_whole(self.path, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            log.warning("%s cannot be written (%s): its lines are kept and written later", self.path, error.strerror)
         first = min(new)
         log.warning(
             "%s more broken images are replaced, %s in all, first %s (%s)",

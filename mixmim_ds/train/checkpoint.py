@@ -3,53 +3,133 @@
 import json
 import logging
 import shutil
+import time
 from collections import ChainMap
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.checkpoints import MARKER, Checkpoint, read_checkpoint, sha256, steps_of, sync, write_whole
 from mixmim_ds.config import RunConfig
-from mixmim_ds.train.distributed import World, gather, on_first_rank
+from mixmim_ds.train.distributed import RunFailed, World, gather, on_every_rank, on_first_rank
+from mixmim_ds.train.restore import master_vectors
 
 log = logging.getLogger("mixmim_ds")
 
 
-def save(engine: DeepSpeedEngine, config: RunConfig, world: World, step: int) -> None:
-    """Writes the checkpoint of a step beside the older ones, then removes those that the keep rules let go.
+class Saver:
+    """Saves a run so that neither a death at any moment nor a full disk costs a checkpoint that is there.
 
-    A process killed at any moment leaves the older checkpoints as they were: everything is written under another
-    name, then the marker, then the folder gets its name, then `latest` points to it.
+    A save that fails leaves the older checkpoints as they were, and training goes on to the next interval; after
+    `train.max_failed_saves` in a row, or where nothing would follow, the run ends.
+
+    Attributes:
+        newest: the step of the newest complete checkpoint, 0 if there is none.
     """
-    folder = Path(config.run_dir) / "checkpoints"
-    path, unfinished = folder / f"step_{step:08d}", folder / f"step_{step:08d}.tmp"
-    on_first_rank(world, lambda: _clear(folder, path))
-    engine.save_checkpoint(str(folder), tag=unfinished.name, save_latest=False)
-    files = _seal(unfinished, world)
-    on_first_rank(world, lambda: _complete(unfinished, path, step, files))
-    on_first_rank(world, lambda: _prune(folder, config.train.keep_last, config.train.keep_every))
+
+    def __init__(self, engine: DeepSpeedEngine, config: RunConfig, world: World, newest: int) -> None:
+        self.engine, self.config, self.world, self.newest = engine, config, world, newest
+        self.folder = Path(config.run_dir) / "checkpoints"
+        self.failures = 0
+        self.writer = engine.checkpoint_engine = _Writer()
+        # A script to join the files, which does not know ours; a failure to copy it would raise on one rank alone.
+        engine._copy_recovery_script = lambda folder: None
+
+    def save(self, step: int, must: bool) -> float:
+        """Writes the checkpoint of a step beside the older ones, then removes those that the keep rules let go.
+
+        Args:
+            must: the run ends here, so there is no later try.
+
+        Returns:
+            The seconds that it took.
+
+        Raises:
+            RunFailed: it cannot be written and there is no further try.
+        """
+        began, train = time.perf_counter(), self.config.train
+        try:
+            self._write(step)
+        except ValueError as error:
+            self._give_up(step)
+            self.failures += 1
+            said = f"the checkpoint of step {step} cannot be saved ({error}); the newest is that of step {self.newest}"
+            if must or self.failures >= train.max_failed_saves:
+                raise RunFailed(f"{said}, failed tries: {self.failures}.") from error
+            log.warning("%s; the run goes on and tries again after train.save_every=%s steps", said, train.save_every)
+            return time.perf_counter() - began
+        self.failures, self.newest = 0, step
+        on_first_rank(self.world, lambda: _prune(self.folder, train.keep_last, train.keep_every))
+        return time.perf_counter() - began
+
+    def _write(self, step: int) -> None:
+        """A process killed at any moment leaves the older checkpoints as they were: everything is written under another
+        name, then the marker, then the folder gets its name, then `latest` points to it. ValueError if it fails."""
+        path = self.folder / f"step_{step:08d}"
+        unfinished = path.with_name(path.name + ".tmp")
+        on_every_rank(self.world, lambda: _check_finite(self.engine))
+        on_first_rank(self.world, lambda: _clear(self.folder, path, unfinished))
+        self.writer.begin()
+        self.engine.save_checkpoint(str(self.folder), tag=unfinished.name, save_latest=False)
+        files = on_every_rank(self.world, lambda: _seal(unfinished, self.writer))
+        on_first_rank(self.world, lambda: _complete(unfinished, path, step, dict(ChainMap(*files))))
+
+    def _give_up(self, step: int) -> None:
+        """Makes room: what was written of the checkpoint takes the last of a full disk."""
+        with suppress(OSError):
+            if self.world.first:
+                shutil.rmtree(self.folder / f"step_{step:08d}.tmp")
 
 
-def _clear(folder: Path, path: Path) -> None:
-    """Removes what killed saves left behind, and an older checkpoint of the same step."""
+class _Writer(TorchCheckpointEngine):
+    """DeepSpeed's writer of files, except that a failure is remembered instead of raised: between the files DeepSpeed
+    waits for all ranks, and one that has left would keep the others waiting."""
+
+    def begin(self) -> None:
+        """Forgets the checkpoint before."""
+        self.written: list[Path] = []
+        self.failure: Exception | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """See DeepSpeed's."""
+        try:
+            torch.save(state_dict, path)
+            self.written.append(Path(path))
+        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+            self.failure = error
+
+
+def _check_finite(engine: DeepSpeedEngine) -> None:
+    """ValueError if this rank's share of the masters is poisoned: then every older checkpoint is worth more."""
+    if not all(bool(vector.isfinite().all()) for vector in master_vectors(engine)):
+        raise ValueError("weights are not finite")
+
+
+def _clear(folder: Path, path: Path, unfinished: Path) -> None:
+    """Makes the place to write to, without what killed saves left behind or an older checkpoint of the same step."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
     if path.exists():
         _remove(path)
+    unfinished.mkdir()
 
 
-def _seal(unfinished: Path, world: World) -> dict[str, list[Any]]:
-    """Sees every file onto the disk; size and digest of each, the work shared by all ranks."""
-    files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-    own = {}
-    for file in files[world.rank :: world.size]:
+def _seal(unfinished: Path, writer: _Writer) -> dict[str, list[Any]]:
+    """Sees the files of this rank onto the disk; size and digest of each."""
+    if writer.failure is not None:
+        raise ValueError(str(writer.failure).partition("\n")[0])
+    sealed = {}
+    for file in writer.written:
         sync(file)
-        own[str(file.relative_to(unfinished))] = [file.stat().st_size, sha256(file)]
-    return dict(ChainMap(*gather(world, own)))
+        sealed[str(file.relative_to(unfinished))] = [file.stat().st_size, sha256(file)]
+    return sealed
 
 
 def _complete(unfinished: Path, path: Path, step: int, files: dict[str, list[Any]]) -> None:
@@ -63,7 +143,10 @@ def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
     complete = sorted(path.parent for path in folder.glob(f"step_????????/{MARKER}"))
     for path in complete[:-keep_last]:
         if not keep_every or int(path.name.removeprefix("step_")) % keep_every:
-            _remove(path)
+            try:
+                _remove(path)
+            except OSError as error:
+                log.warning("%s cannot be removed (%s)", path, error.strerror)
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """The processes of a run: who they are, how they meet, agree to stop and part."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -18,10 +19,20 @@ except ImportError:  # torch before it became public
     from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
 EXIT_REQUEUE = 85  # stopped on request with everything saved
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RunFailed(Exception):
-    """Ends the run on every rank, in one line and with exit code 1."""
+    """The run cannot go on; the message is the one line that says why, the exit code is 1."""
+
+
+class RankFailed(RunFailed):
+    """A failure that this rank alone may know of, and so must tell by itself."""
+
+
+def is_peer_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed rather than the computation."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,9 @@ def connect(timeout_s: int) -> World:
             port = str(probe.getsockname()[1])
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    else:
+        # A launcher that is killed would leave its ranks behind, training on unseen: they stop, saved, instead.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
@@ -106,6 +120,19 @@ def on_first_rank(world: World, function: Callable[[], Any]) -> Any:
     return answer[0]
 
 
+def on_every_rank(world: World, function: Callable[[], Any]) -> list[Any]:
+    """Calls `function` on every rank; every rank gets all results, or the first ValueError that was raised."""
+    answer, complaint = None, None
+    try:
+        answer = function()
+    except (ValueError, OSError) as error:
+        complaint = str(error)
+    answers, complaints = zip(*gather(world, (answer, complaint)), strict=True)
+    for text in filter(None, complaints):
+        raise ValueError(text)
+    return list(answers)
+
+
 def gather(world: World, value: Any) -> list[Any]:
     """What every rank brings, in the order of the ranks."""
     values: list[Any] = [None] * world.size
@@ -127,15 +154,22 @@ class StopRequest:
     after the signal.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
     def __init__(self, world: World) -> None:
         self.world = world
         self.signals = 0
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in self.SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signals += 1
+
+    def close(self) -> None:
+        """From here on a signal has nothing to stop; in the last moments of the interpreter it would kill instead."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def agreed(self) -> bool:
         """Whether any rank had been asked to stop when this was called last; call it once a step on every rank."""

@@ -5,6 +5,8 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mixmim_ds.checkpoints import write_whole
-from mixmim_ds.train.distributed import World, mean_over_ranks
+from mixmim_ds.checkpoints import append_whole, write_whole
+from mixmim_ds.train.distributed import World
 
 log = logging.getLogger("mixmim_ds")
 
@@ -41,11 +43,13 @@ def memory_gib() -> float:
 class Metrics:
     """Measures and reports; between two reports it never waits for the device.
 
-    Reported per log step: `loss` (of that step, over the whole global batch), `lr` and `grad_norm` (of that update,
-    before clipping); and over the time since the last report `images_per_s` (all processes), `step_time_s`,
-    `data_wait` (share of the time that the loop waited for data) and `mfu` (3 x forward FLOPs x images/s/GPU over the
-    GPU's peak: the method's operations, recomputed ones not counted). A time spent saving is not counted. `bad_images`
-    are the broken ones that any rank has met since step 0.
+    Reported per log step: `loss` (of that step, over the whole global batch; null if not finite), `lr` and `grad_norm`
+    (of that update, before clipping); over the time since the last report `images_per_s` (all processes),
+    `step_time_s`, `data_wait` (share of the time that the loop waited for data), `mfu` (3 x forward FLOPs x
+    images/s/GPU over the GPU's peak: the method's operations, recomputed ones not counted) and `save_time_s`, which is
+    in none of the others; and `bad_images`, the broken ones that any rank has met since step 0.
+
+    While the disk is full or read-only the run goes on: rows are kept and written later, TensorBoard lacks them.
 
     Args:
         run_dir: rows and events of steps after `start` are dropped: a killed run left them and they come again.
@@ -60,79 +64,74 @@ class Metrics:
     ) -> None:  # fmt: skip
         self.world, self.last, self.global_batch = world, last, global_batch
         self.flops_per_image, self.peak = flops_per_image, peak_flops(precision)
-        self.path = run_dir / "metrics.jsonl"
+        self.path, self.unwritten = run_dir / "metrics.jsonl", ""
+        self.save_time_s = 0.0
         if world.first:
             _drop_after(self.path, start)
-            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+            self.board = Board(run_dir / "tensorboard", start)
         self.restart(start, 0.0)
 
     def restart(self, step: int, waited: float) -> None:
         """Measures time from here on."""
         self.since, self.began, self.waited = step, time.perf_counter(), waited
 
+    def saved(self, seconds: float) -> None:
+        """Takes the time that saving took out of what is measured, to report it by itself."""
+        self.began += seconds
+        self.save_time_s += seconds
+
     def report(
-        self, step: int, epoch: float, loss: Tensor, lr: float, grad_norm: Any, waited: float, bad_images: int
+        self, step: int, epoch: float, loss: float, lr: float, grad_norm: Any, waited: float, bad_images: int
     ) -> None:
-        """Writes one row; the only moment at which the host waits for the device.
+        """Writes one row.
 
         Args:
-            loss: scalar on the device, this rank's mean over its micro-batches of the step.
+            loss: mean over the ranks.
             grad_norm: of the engine; None where it has none.
             waited: seconds waited for data so far.
-
-        Raises:
-            FloatingPointError: as `check`.
         """
-        value = self.check(step, loss, grad_norm)
         steps, elapsed = step - self.since, time.perf_counter() - self.began
         images = steps * self.global_batch / elapsed
         mfu = self.peak and 3 * self.flops_per_image * images / self.world.size / self.peak
         row = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": value,
+            "loss": _finite(loss),
             "lr": lr,
-            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "grad_norm": None if grad_norm is None else _finite(float(grad_norm)),
             "images_per_s": round(images, 2),
             "images_per_s_per_gpu": round(images / self.world.size, 2),
             "step_time_s": round(elapsed / steps, 5),
             "data_wait": round((waited - self.waited) / elapsed, 4),
             "mfu": mfu and round(mfu, 4),
             "memory_gib": round(memory_gib(), 3),
+            "save_time_s": round(self.save_time_s, 3),
             "bad_images": bad_images,
         }
         if self.world.first:
             self._write(row)
+        self.save_time_s = 0.0
         self.restart(step, waited)
 
-    def check(self, step: int, loss: Tensor, grad_norm: Any) -> float:
-        """The mean loss over the ranks, once it and the gradients are known to be finite; waits for the device.
-
-        Raises:
-            FloatingPointError: the loss of any rank or the gradient is not finite.
-        """
-        value = mean_over_ranks(self.world, loss.item())
-        norm = 0.0 if grad_norm is None else float(grad_norm)
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"step {step} has loss {value} and gradient norm {norm}; the last checkpoint is from before it."
-            )
-        return value
-
     def _write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(name, value, row["step"])
         log.info(self._line(row))
+        self.unwritten += json.dumps(row) + "\n"
+        try:
+            append_whole(self.path, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            log.warning("%s cannot be written (%s): its rows are kept and written later", self.path, error.strerror)
+        step = row.pop("step")
+        scalars = {name: value for name, value in row.items() if value is not None}
+        for name, value in scalars.items():
+            self.board.tell(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=step))
 
     def _line(self, row: dict[str, Any]) -> str:
         left = int((self.last - row["step"]) * row["step_time_s"])
         parts = [
             f"step {row['step']:,}/{self.last:,}",
             f"epoch {row['epoch']:.2f}",
-            f"loss {row['loss']:.4f}",
+            "loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}",
             "" if row["grad_norm"] is None else f"gnorm {row['grad_norm']:.3f}",
             f"lr {row['lr']:.3g}",
             f"{row['images_per_s']:,.0f} img/s ({row['images_per_s_per_gpu']:,.0f}/process)",
@@ -146,13 +145,35 @@ class Metrics:
 
     def picture(self, step: int, pixels: Tensor, caption: str) -> None:
         """uint8 [3, H, W] into TensorBoard; call it on the first rank only."""
-        self.board.add_image("reconstructions", pixels, step)
-        self.board.add_text("reconstructions/columns", caption, step)
+        self.board.tell(lambda writer: writer.add_image("reconstructions", pixels, step))
+        self.board.tell(lambda writer: writer.add_text("reconstructions/columns", caption, step))
 
     def close(self) -> None:
         """Writes out what is buffered."""
         if self.world.first:
-            self.board.close()
+            self.board.tell(SummaryWriter.close)
+
+
+class Board:
+    """TensorBoard's files; one that cannot be written is given up and another begun, for its writer stays broken."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.folder, self.start = folder, start
+        self.writer: SummaryWriter | None = None
+
+    def tell(self, tell: Callable[[SummaryWriter], Any]) -> None:
+        """Has something written, or says that it could not."""
+        try:
+            # Events of later steps are a killed run's.
+            self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=self.start + 1)
+            tell(self.writer)
+        except OSError as error:
+            self.writer = None
+            log.warning("%s cannot be written (%s): TensorBoard will lack some steps", self.folder, error.strerror)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -11,26 +13,31 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.index import open_index
 from mixmim_ds.data.loader import Loader, Share, open_loader
+from mixmim_ds.data.quarantine import DataFailed
 from mixmim_ds.data.shards import Images, open_shards
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.bad_images import BadImages
 from mixmim_ds.train.distributed import (
     EXIT_REQUEUE,
+    RankFailed,
     StopRequest,
     World,
     connect,
     disconnect,
+    is_peer_lost,
+    mean_over_ranks,
     on_first_rank,
     share_of_cores,
     shorten_timeout,
 )
 from mixmim_ds.train.engine import accumulation, build_engine, set_lr
+from mixmim_ds.train.failures import BadSteps
 from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import Schedule
 from mixmim_ds.train.pictures import COLUMNS, draw
 from mixmim_ds.train.restore import load_weights, restore
-from mixmim_ds.train.run_folder import open_run_folder
+from mixmim_ds.train.run_folder import earlier_weights, open_run_folder
 from mixmim_ds.zero_files import read_saved
 
 log = logging.getLogger("mixmim_ds")
@@ -41,19 +48,28 @@ def pretrain(config: RunConfig) -> int:
 
     Raises:
         ValueError: an option does not go with the others, the data or the run folder.
-        FloatingPointError: the loss or the gradient is not finite.
-        RunFailed: too many images are broken.
-        DataFailed: this rank cannot read the data any more.
+        RunFailed: it cannot go on: what it computes is not finite, it cannot be saved, too many images are broken.
+        RankFailed: this rank cannot read the data any more, or another rank is gone.
     """
     world = connect(config.train.start_timeout_s)
+    stop = StopRequest(world)
     try:
-        stop = StopRequest(world)
         run = _prepare(config, world)
         if run.start >= run.last:
             log.info("this run has already done its %s steps; nothing is left to do", f"{run.last:,}")
             return 0
         return _train(run, stop)
+    except DataFailed as error:
+        raise RankFailed(str(error)) from error
+    except RuntimeError as error:
+        if not is_peer_lost(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RankFailed(
+            f"rank {world.rank} waited in vain for another one, which has died or hangs ({reason})."
+        ) from error
     finally:
+        stop.close()
         disconnect()
 
 
@@ -63,6 +79,8 @@ class Run:
 
     config: RunConfig
     world: World
+    lock: IO[str] | None  # on the run folder, while it is open
+    index: Images | None
     loader: Loader
     bad_images: BadImages
     engine: DeepSpeedEngine
@@ -79,7 +97,11 @@ def _prepare(config: RunConfig, world: World) -> Run:
     model = build_model(config.model)
     index = _find_images(config, world)
     loader = open_loader(config, index, Share(world.rank, world.size, turns), world.device, share_of_cores())
-    open_run_folder(config, world, "synthetic" if index is None else index.fingerprint)
+    fingerprint = "synthetic" if index is None else index.fingerprint
+    weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
+    if weights:
+        load_weights(model, read_saved(weights))
+    lock = open_run_folder(config, world, fingerprint)
     schedule = Schedule(config.optim, train.global_batch, loader.plan.steps_per_epoch, train.epochs)
     last = min(schedule.total_steps, train.max_steps or schedule.total_steps)
     log.info(
@@ -101,7 +123,9 @@ def _prepare(config: RunConfig, world: World) -> Run:
     flops = model.flops_per_image()  # before ZeRO-3 takes the weights apart
     start, engine = _resume(config, model, world)
     bad_images = BadImages(config, world, index, loader.bad)
-    return Run(config, world, loader, bad_images, engine, schedule, turns, start, last, flops)
+    if weights:
+        log.info("starting anew from the weights of %s", weights)
+    return Run(config, world, lock, index, loader, bad_images, engine, schedule, turns, start, last, flops)
 
 
 def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
@@ -137,6 +161,8 @@ def _train(run: Run, stop: StopRequest) -> int:
     metrics = Metrics(
         Path(config.run_dir), world, start, run.last, train.global_batch, run.flops_per_image, config.precision
     )
+    saver = checkpoint.Saver(engine, config, world, start)
+    bad_steps = BadSteps(config, world, str if run.index is None else run.index.name)
     batches = run.loader.batches(start)
     # Collected at the same steps everywhere, so that no rank waits for another one's collection.
     gc.disable()
@@ -144,33 +170,35 @@ def _train(run: Run, stop: StopRequest) -> int:
     while step < run.last:
         lr = run.schedule.lr_at(step)
         set_lr(engine, lr)
-        losses = []
+        losses, ids = [], []
         for _ in range(run.turns):
             batch = next(batches)
             loss, prediction = engine(batch.images, batch.mask)
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
+            ids.append(batch.ids)
         step += 1
         if step == start + 1:
             shorten_timeout(world, train.step_timeout_s)
         stopping = stop.agreed()
-        saving = step % train.save_every == 0 or step == run.last or stopping
+        ending = stopping or step == run.last
         reporting = step % train.log_every == 0 or step == run.last
+        saving = ending or step % train.save_every == 0
+        mean = mean_over_ranks(world, torch.stack(losses).mean().item()) if reporting else 0.0
+        if not (engine.was_step_applied() and math.isfinite(mean)):
+            bad_steps.note(step, lr, losses, ids, saver.newest)
         if reporting or saving:
-            loss, grad_norm = torch.stack(losses).mean(), engine.get_global_grad_norm()
             bad = run.bad_images.exchange()
         if reporting:
-            metrics.report(step, step / run.schedule.steps_per_epoch, loss, lr, grad_norm, run.loader.wait_s, bad)
+            epoch = step / run.schedule.steps_per_epoch
+            metrics.report(step, epoch, mean, lr, engine.get_global_grad_norm(), run.loader.wait_s, bad)
             gc.collect()
-        elif saving:
-            metrics.check(step, loss, grad_norm)  # what is not finite must not be saved
         if world.first and train.picture_every and (step % train.picture_every == 0 or step == run.last):
             picture = draw(batch.images, batch.mask, prediction, config.model.norm_pix_loss, config.data)
             metrics.picture(step, picture, COLUMNS)
         if saving:
-            checkpoint.save(engine, config, world, step)
-            metrics.restart(step, run.loader.wait_s)
+            metrics.saved(saver.save(step, must=ending))
         if stopping:
             break
     stop.settle()

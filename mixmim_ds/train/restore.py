@@ -43,12 +43,17 @@ def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
     engine.global_steps = step
 
 
+def master_vectors(engine: DeepSpeedEngine) -> list[Tensor]:
+    """This process's fp32 masters, 1-D, one vector a group."""
+    names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
+    vectors: list[Tensor] = next(getattr(engine.optimizer, name) for name in names if hasattr(engine.optimizer, name))
+    return vectors
+
+
 def _create_states(engine: DeepSpeedEngine, updates: int) -> None:
     """Adam makes its state in its first step; here it must be there before."""
     optimizer = engine.optimizer
-    names = ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups")
-    vectors: list[Tensor] = next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
-    for vector in vectors:
+    for vector in master_vectors(engine):
         count = torch.tensor(float(updates), device=vector.device)
         optimizer.optimizer.state[vector] = {"step": count} | {key: torch.zeros_like(vector) for key in MOMENTS}
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3 looks them up each time

@@ -1,7 +1,9 @@
 """The run folder: whose it is, and the files that say what ran there."""
 
+import fcntl
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -9,12 +11,12 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import OmegaConf
 
-from mixmim_ds.checkpoints import write_whole
+from mixmim_ds.checkpoints import newest_complete, write_whole
 from mixmim_ds.config import ROOT, RunConfig, flatten, identity
 from mixmim_ds.train.distributed import World, gather, on_first_rank
 from mixmim_ds.train.engine import engine_config
@@ -30,39 +32,116 @@ def check_run_folder(config: RunConfig, fingerprint: str) -> None:
     Raises:
         ValueError: the folder's run has another value of an option that decides what is computed, or other data.
     """
+    difference = difference_to(config, fingerprint)
+    if difference:
+        name, held, wanted = difference
+        raise ValueError(
+            f"run_dir={config.run_dir} holds a run with {name}={held}, not {wanted}; give it that value to continue "
+            "the run, choose another run_dir, or start anew from its weights with resume=weights."
+        )
+
+
+def difference_to(config: RunConfig, fingerprint: str) -> tuple[str, Any, Any] | None:
+    """The first option that decides what is computed and is another in the run that the folder holds: its name, the
+    value there and the value here. ValueError if run_dir is a file."""
     folder = Path(config.run_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run_dir={folder} is a file; choose another run_dir.")
     if not (folder / "config.yaml").exists():
-        return
+        return None
     held: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     before, now = flatten(held), identity(config) | {"data.fingerprint": fingerprint}
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"run_dir={folder} holds a run with {name}={before.get(name)}, not {value}; "
-                "give it that value to continue the run, or choose another run_dir."
-            )
+    return next(((name, before.get(name), value) for name, value in now.items() if before.get(name) != value), None)
 
 
-def open_run_folder(config: RunConfig, world: World, fingerprint: str) -> Path:
-    """Creates the run folder or accepts it as this run's, writes what the run is and opens its log.
+def earlier_weights(config: RunConfig, fingerprint: str) -> Path | None:
+    """For resume=weights: the checkpoint to take the weights of, or None where the run goes on from its own.
 
     Raises:
-        ValueError: see `check_run_folder`; or the folder cannot be written.
+        ValueError: there is no run to take weights from, or it has no complete checkpoint.
     """
+    if config.resume != "weights":
+        return None
     folder = Path(config.run_dir)
+    if difference_to(config, fingerprint):
+        source = folder
+    elif newest_complete(folder):
+        return None
+    else:
+        aside = _set_asides(folder)
+        if not aside:
+            raise ValueError(f"resume=weights has no effect: run_dir={folder} holds no earlier run; take it out.")
+        source = aside[-1]
+    newest = newest_complete(source)
+    if newest is None:
+        raise ValueError(f"resume=weights: {source} holds no complete checkpoint; choose another run_dir.")
+    return newest.path
+
+
+def _set_asides(folder: Path) -> list[Path]:
+    """Runs that made way for others, oldest first."""
+    return sorted(folder.glob("earlier_*"), key=lambda path: int(path.name.removeprefix("earlier_")))
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves the run in a folder into a folder of its own there."""
+    aside = _set_asides(folder)
+    place = folder / f"earlier_{len(aside) + 1}"
+    place.mkdir()
+    for entry in set(folder.iterdir()) - {*aside, place, folder / "lock"}:
+        entry.rename(place / entry.name)
+
+
+def open_run_folder(config: RunConfig, world: World, fingerprint: str) -> IO[str] | None:
+    """Creates the run folder or accepts it as this run's, writes what the run is and opens its log.
+
+    Returns:
+        On the first rank the lock that keeps other runs out, for as long as it stays open.
+
+    Raises:
+        ValueError: see `check_run_folder`; or the folder is in use, or cannot be written.
+    """
     joined = engine_config(config, world.size)
     hosts = gather(world, platform.node())
-    on_first_rank(world, lambda: check_run_folder(config, fingerprint))
-    on_first_rank(world, lambda: _write_files(folder, config, joined, fingerprint, hosts))
-    if world.first:
+    locks: list[IO[str]] = []
+    on_first_rank(world, lambda: locks.append(_take(config, joined, fingerprint, hosts)))
+    return locks[0] if locks else None
+
+
+def _take(config: RunConfig, joined: dict[str, Any], fingerprint: str, hosts: list[str]) -> IO[str]:
+    folder = Path(config.run_dir)
+    if config.resume != "weights":
+        check_run_folder(config, fingerprint)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+        if config.resume == "weights" and difference_to(config, fingerprint):
+            _set_aside(folder)
+        check_run_folder(config, fingerprint)  # the run that had the lock until now may have been the first here
+        _write_files(folder, config, joined, fingerprint, hosts)
         _open_log(folder / "train.log")
-    return folder
+    except OSError as error:
+        raise ValueError(f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir.") from error
+    return lock
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Keeps other runs out of a folder; the kernel lets go of it however this process ends (flock(2))."""
+    file = (folder / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(
+            f"run_dir={folder} is in use by {file.read().strip()}; stop that run or choose another run_dir."
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
 
 
 def _write_files(folder: Path, config: RunConfig, joined: dict[str, Any], fingerprint: str, hosts: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     options = asdict(config)
     options["data"]["fingerprint"] = fingerprint
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(options)))
@@ -87,9 +166,16 @@ def _environment(hosts: list[str]) -> dict[str, Any]:
     }
 
 
+class _LogFile(logging.FileHandler):
+    """train.log; what a full disk does not take is written later, or was in the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A traceback for every line would bury what the console still shows."""
+
+
 def _open_log(path: Path) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
-    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(path)):
+    for handler in (logging.StreamHandler(sys.stdout), _LogFile(path)):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)

@@ -2,21 +2,15 @@
 
 import json
 import math
-import os
-import random
-import signal
-import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, command, environment, numbers, rows, run, tasks
+from launching import numbers, rows, run, tasks
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.config import load_config
 from mixmim_ds.data.index import open_index
 from mixmim_ds.data.loader import Share, open_loader
@@ -108,80 +102,6 @@ def test_two_and_two_steps_are_four_to_the_last_digit(
     for steps in (2, 4):
         tasks(*small_run, f"run_dir={broken}", f"ds={ds}", f"train.max_steps={steps}")
     assert numbers(broken) == numbers(stage_run(ds, "bf16"))
-
-
-@pytest.fixture(scope="module")
-def twelve(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twelve steps that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("twelve") / "run"
-    tasks(*small_run, f"run_dir={folder}", "train.max_steps=12")
-    return folder
-
-
-def start(*overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command("deepspeed", *overrides), cwd=ROOT, env=environment(), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def read_until(process: subprocess.Popen, words: str) -> str:
-    """Waits for a line with the words; returns all lines so far."""
-    lines = ""
-    for line in process.stdout:
-        lines += line
-        if words in line:
-            return lines
-    raise AssertionError(f"{words!r} never came: {lines}")
-
-
-def pid_of_rank(process: subprocess.Popen, rank: int) -> int:
-    """The process of a rank: in the launcher's session, with the argument that the launcher gave it."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            session = os.getsid(int(folder.name))
-        except (OSError, ProcessLookupError):
-            continue
-        if session == process.pid and f"--local_rank={rank}".encode() in arguments:
-            return int(folder.name)
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def test_a_signal_to_one_rank_stops_all_with_everything_saved(
-    small_run: list[str], twelve: Path, tmp_path: Path
-) -> None:
-    stopped = tmp_path / "stopped"
-    process = start(*small_run, f"run_dir={stopped}", "train.max_steps=12")
-    read_until(process, "step 3/12")
-    os.kill(pid_of_rank(process, 1), signal.SIGUSR1)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 85, printed
-    steps = len(rows(stopped))
-    assert 3 <= steps < 12 and f"stopped after step {steps}" in printed
-    assert (stopped / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
-    tasks(*small_run, f"run_dir={stopped}", "train.max_steps=12")
-    assert numbers(stopped) == numbers(twelve)
-
-
-def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str], twelve: Path, tmp_path: Path) -> None:
-    """Saving after every step, killed without warning in the middle of steps and saves, three times."""
-    killed = tmp_path / "killed"
-    dice = random.Random(2205)
-    reached = 0
-    for target in (3, 6, 9):
-        process = start(*small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
-        read_until(process, f"step {target}/12")
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=dice.uniform(0, 1.5))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        newest = newest_complete(killed)
-        assert newest is not None and newest.step >= max(target - 1, reached), "what was saved is still there"
-        reached = newest.step
-    tasks(*small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
-    assert numbers(killed) == numbers(twelve)
-    assert not list((killed / "checkpoints").glob("*.tmp"))
 
 
 def test_the_run_folder_is_what_the_readme_says(small_run: list[str], tmp_path: Path) -> None:

@@ -73,10 +73,22 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
     assert (checkpoints / "latest").read_text() == "step_00000005"
 
 
-def test_what_is_not_finite_ends_the_run_and_is_not_saved(small_run: list[str], tmp_path: Path) -> None:
+def test_weights_start_anew_where_the_run_cannot_go_on(small_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    options = [*small_run, f"run_dir={folder}", "train.log_every=100", "train.save_every=1", "train.max_steps=9"]
-    printed = run("python", *options, "optim.base_lr=1e30", processes=1, code=1)
-    assert printed.splitlines()[-1].startswith("error: step 2 has loss nan"), printed
-    masters = saved_in(folder).masters.values()
-    assert all(master.contiguous().isfinite().all() for master in masters)
+    options = [*small_run, f"run_dir={folder}", "train.max_steps=2", "precision=fp32"]
+    refused = run("python", *options, "resume=weights", processes=1, code=2)
+    assert "resume=weights has no effect" in refused and not folder.exists()
+    run("python", *options, processes=1)
+    before, weights = numbers(folder), saved_in(folder).masters
+    anew = [*options, "train.global_batch=16", "resume=weights"]
+    printed = run("python", *anew, processes=1)
+    assert "starting anew from the weights of" in printed and [row[0] for row in numbers(folder)] == [1, 2]
+    assert numbers(folder)[0][1] < 0.99 * before[0][1], "it starts where the other run had come to"
+    assert numbers(folder / "earlier_1") == before
+    for name, master in saved_in(folder / "earlier_1").masters.items():
+        assert torch.equal(master.contiguous(), weights[name].contiguous())
+    expected = numbers(folder)
+    again = run("python", *anew, processes=1)
+    assert "nothing is left to do" in again and numbers(folder) == expected, "the same command goes on from its own"
+    other = run("python", *anew, "model.decoder_dim=128", processes=1, code=2)
+    assert "holds another model" in other.splitlines()[-1] and numbers(folder) == expected

@@ -1,0 +1,33 @@
+"""launch/pretrain.py, whose rank 1 meets an infinite pixel in step 3: no file holds one, a broken GPU may make one."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from mixmim_ds.config import load_config
+from mixmim_ds.data.loader import Loader, MicroBatch
+from mixmim_ds.train import pretrain
+from mixmim_ds.train.distributed import RunFailed
+
+open_loader = pretrain.open_loader
+
+
+def open_poisoned(*arguments: Any) -> Loader:
+    loader: Any = open_loader(*arguments)
+    batches = loader.batches
+
+    def poisoned(start: int) -> Iterator[MicroBatch]:
+        for turn, batch in enumerate(batches(start), start * loader.share.accumulation):
+            if loader.share.rank == 1 and loader.share.place(turn)[0] == 2:
+                batch.images[0, 0, 0, 0] = float("inf")
+            yield batch
+
+    loader.batches = poisoned
+    return loader
+
+
+pretrain.open_loader = open_poisoned
+try:
+    sys.exit(pretrain.pretrain(load_config(sys.argv[1:])))
+except RunFailed as error:
+    sys.exit(f"error: {error}")

@@ -1,0 +1,58 @@
+"""Steps that are not finite: found at once, told, left out, and never saved."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import rows, run, tasks
+
+from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
+from mixmim_ds.zero_files import Scattered, read_saved
+
+pytestmark = pytest.mark.slow
+
+
+def masters_at(folder: Path, step: int) -> dict[str, Scattered]:
+    return read_saved(read_whole_checkpoint(folder / "checkpoints" / f"step_{step:08d}").path).masters
+
+
+@pytest.mark.parametrize(("ds", "precision"), [("zero1", "bf16"), ("zero3", "fp32")])
+def test_a_poisoned_batch_ends_the_run_or_is_left_out(
+    ds: str, precision: str, small_run: list[str], photographs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = [
+        *small_run, f"run_dir={folder}", f"ds={ds}", f"precision={precision}", "train.max_steps=5",
+        "train.save_every=1", "train.keep_last=9", "train.log_every=4",
+    ]  # fmt: skip
+    printed = tasks(*options, script="tests/poisoned.py", code=1)
+    report = folder / "failures" / "step_00000003.json"
+    assert f"error: the loss of rank 1 is not finite at step 3, which was left out; see {report}" in printed
+    told = json.loads(report.read_text())
+    assert (told["step"], told["newest_checkpoint"], told["ranks_not_finite"]) == (3, 2, [1])
+    names = [name for rank in told["ranks"] for batch in rank["images"] for name in batch]
+    assert len(set(names)) == 32 and all((photographs / name).is_file() for name in names)
+    newest = newest_complete(folder)
+    assert newest is not None and newest.step == 2
+
+    printed = tasks(*options, "train.max_bad_steps=1", script="tests/poisoned.py")
+    assert "going on from" in printed and "train.max_bad_steps=1 allows 0 more" in printed
+    assert [row["step"] for row in rows(folder)] == [4, 5]
+    for name, master in masters_at(folder, 2).items():
+        assert torch.equal(master.contiguous(), masters_at(folder, 3)[name].contiguous()), "step 3 changed nothing"
+    assert any(
+        not torch.equal(master.contiguous(), masters_at(folder, 4)[name].contiguous())
+        for name, master in masters_at(folder, 3).items()
+    )
+    assert read_saved(folder / "checkpoints" / "step_00000005").updates == 4
+
+
+def test_what_is_not_finite_is_not_saved(small_run: list[str], tmp_path: Path) -> None:
+    """A learning rate that makes the weights infinite in a step whose loss and gradient are finite."""
+    folder = tmp_path / "run"
+    options = [*small_run, f"run_dir={folder}", "train.save_every=1", "train.max_steps=9", "precision=fp32"]
+    printed = run("python", *options, "optim.base_lr=1e42", processes=1, code=1)
+    assert "the checkpoint of step 1 cannot be saved (weights are not finite)" in printed
+    assert "error: the loss of rank 0 is not finite at step 2" in printed.splitlines()[-1]
+    assert newest_complete(folder) is None

@@ -1,0 +1,77 @@
+"""Checkpoints that cannot be written: the disk is full or the run folder read-only, for a while or for good."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import ROOT, command, environment, rows
+
+from mixmim_ds.checkpoints import newest_complete
+
+pytestmark = pytest.mark.slow
+
+# A disk of its own for the run, in a mount namespace of the command's own. It is read from through a copy.
+SCRIPT = """
+set -e
+mount -t tmpfs -o size=600m tmpfs "$DISK"
+"$@" > "$OUT" 2>&1 &
+run=$!
+until grep -q "step 3/" "$OUT"; do :; done
+eval "$SPOIL"
+until grep -q "cannot be saved" "$OUT"; do :; done
+eval "$MEND"
+wait $run || code=$?
+cp -r "$DISK/run" "$KEPT"
+exit ${code:-0}
+"""
+FULL = 'head -c 1G /dev/zero > "$DISK/filler" || true', 'rm "$DISK/filler"'
+READ_ONLY = 'chmod -R a-w "$DISK/run"', 'chmod -R u+w "$DISK/run"'
+
+
+def spoiled(tmp_path: Path, spoil: str, mend: str, *overrides: str) -> tuple[int, str, Path]:
+    """Runs on two processes on a disk that is spoiled after step 3 and mended after a save has failed.
+
+    Returns:
+        Exit code, what was printed, and a copy of the run folder.
+    """
+    disk, out, kept = tmp_path / "disk", tmp_path / "out", tmp_path / "kept"
+    disk.mkdir()
+    names = {"DISK": str(disk), "OUT": str(out), "KEPT": str(kept), "SPOIL": spoil, "MEND": mend}
+    # Permissions do not bind root, unless it gives that power away.
+    weaker = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
+    process = command("deepspeed", *overrides, f"run_dir={disk / 'run'}")
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", SCRIPT, "bash"]
+    done = subprocess.run(
+        [*namespace, *weaker, *process], cwd=ROOT, env=environment() | names, timeout=240, capture_output=True
+    )
+    return done.returncode, out.read_text(), kept
+
+
+@pytest.mark.parametrize(("spoil", "mend", "reason"), [(*FULL, "No space left"), (*READ_ONLY, "Permission denied")])
+def test_a_disk_that_comes_back_costs_nothing(
+    spoil: str, mend: str, reason: str, small_run: list[str], tmp_path: Path
+) -> None:
+    options = [*small_run, "train.max_steps=30", "train.save_every=1", "train.max_failed_saves=30"]
+    code, printed, kept = spoiled(tmp_path, spoil, mend, *options)
+    assert code == 0, printed
+    told = next(line for line in printed.splitlines() if "cannot be saved" in line)
+    assert reason in told and "the run goes on and tries again" in told and "Traceback" not in printed, printed
+    assert [row["step"] for row in rows(kept)] == list(range(1, 31))
+    assert sum(row["save_time_s"] for row in rows(kept)) > 0
+    newest = newest_complete(kept)
+    assert newest is not None and newest.step == 30
+    assert sorted(path.name for path in (kept / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000029",
+        "step_00000030",
+    ]
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(small_run: list[str], tmp_path: Path) -> None:
+    options = [*small_run, "train.max_steps=1000", "train.save_every=1", "train.max_failed_saves=2"]
+    code, printed, kept = spoiled(tmp_path, FULL[0], ":", *options)
+    errors = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and "Traceback" not in printed, printed
+    newest = newest_complete(kept)
+    assert newest is not None and newest.step >= 3
+    assert f"the newest is that of step {newest.step}, failed tries: 2." in errors[0]
