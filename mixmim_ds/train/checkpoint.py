@@ -94,15 +94,16 @@ class _Writer(TorchCheckpointEngine):
     def begin(self) -> None:
         """Forgets the checkpoint before."""
         self.written: list[Path] = []
-        self.failure: Exception | None = None
+        self.failure: OSError | None = None
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """See DeepSpeed's."""
         try:
-            torch.save(state_dict, path)
+            with open(path, "wb") as file:  # given a path, PyTorch's writer does not tell that the disk is full
+                torch.save(state_dict, file)
             self.written.append(Path(path))
-        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-            self.failure = error
+        except (OSError, RuntimeError) as error:  # closing the file after a failure, PyTorch may raise another one
+            self.failure = next(e for e in (error, error.__context__, OSError(str(error))) if isinstance(e, OSError))
 
 
 def _check_finite(engine: DeepSpeedEngine) -> None:
@@ -124,7 +125,7 @@ def _clear(folder: Path, path: Path, unfinished: Path) -> None:
 def _seal(unfinished: Path, writer: _Writer) -> dict[str, list[Any]]:
     """Sees the files of this rank onto the disk; size and digest of each."""
     if writer.failure is not None:
-        raise ValueError(str(writer.failure).partition("\n")[0])
+        raise writer.failure
     sealed = {}
     for file in writer.written:
         sync(file)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 try:
     from torch.distributed import set_timeout
@@ -94,9 +95,12 @@ def share_of_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) // local)
 
 
-def shorten_timeout(world: World, timeout_s: int) -> None:
-    """From the first finished step on a collective is quick: one that is not means that a rank is dead."""
-    for group in (dist.group.WORLD, world.control):
+def shorten_timeout(timeout_s: int) -> None:
+    """From the first finished step on a collective is quick: one that is not means that a rank is dead.
+
+    All groups there are, for DeepSpeed's own, which carry the gradients, have a timeout of half an hour.
+    """
+    for group in list(_world.pg_map):
         set_timeout(timedelta(seconds=timeout_s), group)
 
 

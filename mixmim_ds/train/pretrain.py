@@ -180,7 +180,7 @@ def _train(run: Run, stop: StopRequest) -> int:
             ids.append(batch.ids)
         step += 1
         if step == start + 1:
-            shorten_timeout(world, train.step_timeout_s)
+            shorten_timeout(train.step_timeout_s)
         stopping = stop.agreed()
         ending = stopping or step == run.last
         reporting = step % train.log_every == 0 or step == run.last

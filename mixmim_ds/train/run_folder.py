@@ -104,6 +104,8 @@ def open_run_folder(config: RunConfig, world: World, fingerprint: str) -> IO[str
     joined = engine_config(config, world.size)
     hosts = gather(world, platform.node())
     locks: list[IO[str]] = []
+    if not world.first:
+        log.addHandler(logging.NullHandler())  # or Python prints the warnings of every rank
     on_first_rank(world, lambda: locks.append(_take(config, joined, fingerprint, hosts)))
     return locks[0] if locks else None
 

@@ -17,7 +17,9 @@ def masters_at(folder: Path, step: int) -> dict[str, Scattered]:
     return read_saved(read_whole_checkpoint(folder / "checkpoints" / f"step_{step:08d}").path).masters
 
 
-@pytest.mark.parametrize(("ds", "precision"), [("zero1", "bf16"), ("zero3", "fp32")])
+@pytest.mark.parametrize(
+    ("ds", "precision"), [("zero1", "bf16"), pytest.param("zero3", "fp32", marks=pytest.mark.exhaustive)]
+)
 def test_a_poisoned_batch_ends_the_run_or_is_left_out(
     ds: str, precision: str, small_run: list[str], photographs: Path, tmp_path: Path
 ) -> None:

@@ -94,7 +94,7 @@ def test_ten_and_ten_steps_are_twenty_to_the_last_digit(small_run: list[str], tm
     assert "nothing is left to do" in again and numbers(broken) == numbers(straight)
 
 
-@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds", [pytest.param("zero2", marks=pytest.mark.exhaustive), "zero3"])
 def test_two_and_two_steps_are_four_to_the_last_digit(
     ds: str, small_run: list[str], stage_run: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
@@ -124,7 +124,9 @@ def test_the_run_folder_is_what_the_readme_says(small_run: list[str], tmp_path: 
     picture = board.Images("reconstructions")[0]
     assert (picture.width, picture.height) == (6 * 68 - 4, 4 * 68 - 4)
     row = rows(folder)[3]
-    assert row["images_per_s"] == pytest.approx(32 / row["step_time_s"], rel=1e-3) and 0 <= row["data_wait"] <= 1
+    assert (
+        row["images_per_s"] == pytest.approx(32 / row["step_time_s"], rel=1e-3, abs=0.01) and 0 <= row["data_wait"] <= 1
+    )
     assert row["mfu"] is None and row["memory_gib"] > 0
 
 

@@ -19,7 +19,7 @@ def saved_in(folder: Path) -> Saved:
     return read_saved(newest.path)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
 def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
     precision: str, small_run: list[str], stage_run: Callable[[str, str], Path], tmp_path: Path
 ) -> None:

@@ -18,18 +18,18 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def twelve(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twelve steps that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("twelve") / "run"
-    tasks(*small_run, f"run_dir={folder}", "train.max_steps=12")
+def twenty(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twenty steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("twenty") / "run"
+    tasks(*small_run, f"run_dir={folder}", "train.max_steps=20")
     return folder
 
 
-def test_signals_to_one_rank_stop_all_with_everything_saved(small_run: list[str], twelve: Path, tmp_path: Path) -> None:
+def test_signals_to_one_rank_stop_all_with_everything_saved(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
     """One signal after the other, until the process is gone: in the agreement, the save and the last moments too."""
     stopped = tmp_path / "stopped"
-    process = start(*small_run, f"run_dir={stopped}", "train.max_steps=12")
-    read_until(process, "step 3/12")
+    process = start(*small_run, f"run_dir={stopped}", "train.max_steps=20")
+    read_until(process, "step 3/20")
     rank = ranks_of(process)[1]
     signals = itertools.cycle([signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
     with suppress(ProcessLookupError):
@@ -38,10 +38,10 @@ def test_signals_to_one_rank_stop_all_with_everything_saved(small_run: list[str]
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 85, printed
     steps = len(rows(stopped))
-    assert 3 <= steps < 12 and f"stopped after step {steps}" in printed
+    assert 3 <= steps < 20 and f"stopped after step {steps}" in printed
     assert (stopped / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
-    tasks(*small_run, f"run_dir={stopped}", "train.max_steps=12")
-    assert numbers(stopped) == numbers(twelve)
+    tasks(*small_run, f"run_dir={stopped}", "train.max_steps=20")
+    assert numbers(stopped) == numbers(twenty)
 
 
 def kill(process: subprocess.Popen[str], whom: str, dice: random.Random) -> None:
@@ -54,39 +54,40 @@ def kill(process: subprocess.Popen[str], whom: str, dice: random.Random) -> None
         for pid in {process.pid, parent}:
             os.kill(pid, signal.SIGKILL)
     else:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it was done by then
+            os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     while ranks_of(process):
         pass
 
 
-def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str], twelve: Path, tmp_path: Path) -> None:
+def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
     """Saving after every step, killed in the middle of steps and saves, three times."""
     killed = tmp_path / "killed"
     dice = random.Random(seed := time.time_ns())
     print("random.Random seed", seed)
     reached = 0
-    for target, whom in zip((3, 6, 9), dice.sample(["one rank", "launcher", "all"], 3), strict=True):
-        process = start(*small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
-        read_until(process, f"step {target}/12")
+    for whom in dice.sample(["one rank", "launcher", "all"], 3):
+        process = start(*small_run, f"run_dir={killed}", "train.max_steps=20", "train.save_every=1")
+        read_until(process, f"step {reached + 2}/20")
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=dice.uniform(0, 1.5))
+            process.wait(timeout=dice.uniform(0, 0.4))
         kill(process, whom, dice)
         newest = newest_complete(killed)
-        assert newest is not None and newest.step >= max(target - 1, reached), "what was saved is still there"
+        assert newest is not None and newest.step >= reached + 1, "what was saved is still there"
         reached = newest.step
-    tasks(*small_run, f"run_dir={killed}", "train.max_steps=12", "train.save_every=1")
-    assert numbers(killed) == numbers(twelve)
+    tasks(*small_run, f"run_dir={killed}", "train.max_steps=20", "train.save_every=1")
+    assert numbers(killed) == numbers(twenty)
     assert not list((killed / "checkpoints").glob("*.tmp"))
 
 
 @pytest.mark.exhaustive
-def test_fifty_kills_at_random_moments(small_run: list[str], twelve: Path, tmp_path: Path) -> None:
+def test_fifty_kills_at_random_moments(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
     """At any moment from the start of the launcher on; each start goes on from what the one before had saved."""
     dice = random.Random(seed := time.time_ns())
     folder, finished, failed = tmp_path / "0", 0, 0
     for trial in range(50):
-        process = start(*small_run, f"run_dir={folder}", "train.max_steps=12", "train.save_every=1")
+        process = start(*small_run, f"run_dir={folder}", "train.max_steps=20", "train.save_every=1")
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=dice.uniform(0, 20))
         whom = dice.choice(["one rank", "launcher", "all"])
@@ -94,10 +95,10 @@ def test_fifty_kills_at_random_moments(small_run: list[str], twelve: Path, tmp_p
             kill(process, whom, dice)
         if process.returncode == 0:
             finished += 1
-            failed += numbers(folder) != numbers(twelve)
+            failed += numbers(folder) != numbers(twenty)
             folder = tmp_path / str(trial + 1)
-    tasks(*small_run, f"run_dir={folder}", "train.max_steps=12", "train.save_every=1")
-    failed += numbers(folder) != numbers(twelve)
+    tasks(*small_run, f"run_dir={folder}", "train.max_steps=20", "train.save_every=1")
+    failed += numbers(folder) != numbers(twenty)
     print(f"50 trials (random.Random seed {seed}): {finished + 1} runs came to their end, {failed} with other metrics")
     assert not failed
 
