@@ -33,7 +33,7 @@ class RankFailed(RunFailed):
 
 def is_peer_lost(error: RuntimeError) -> bool:
     """Whether a collective failed rather than the computation."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "pair closure"))
 
 
 @dataclass(frozen=True)
