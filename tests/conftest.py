@@ -49,6 +49,14 @@ def stage_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return make
 
 
+@pytest.fixture(scope="session")
+def twenty(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of twenty steps on two processes that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("twenty") / "run"
+    tasks(*small_run, f"run_dir={folder}", "train.max_steps=20")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _index_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Indexes of test data stay out of the user's cache."""

@@ -83,15 +83,14 @@ def test_fp32_is_plain_torch_to_six_digits(small_run: list[str], tmp_path: Path)
         optimizer.zero_grad()
 
 
-def test_ten_and_ten_steps_are_twenty_to_the_last_digit(small_run: list[str], tmp_path: Path) -> None:
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    tasks(*small_run, f"run_dir={straight}", "train.max_steps=20")
+def test_ten_and_ten_steps_are_twenty_to_the_last_digit(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
     run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=10")
     printed = run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=20")
     assert "step 11/20" in printed and "step 10/20" not in printed, "it goes on where it stopped"
-    assert numbers(broken) == numbers(straight)
+    assert numbers(broken) == numbers(twenty)
     again = tasks(*small_run, f"run_dir={broken}", "train.max_steps=20")
-    assert "nothing is left to do" in again and numbers(broken) == numbers(straight)
+    assert "nothing is left to do" in again and numbers(broken) == numbers(twenty)
 
 
 @pytest.mark.parametrize("ds", [pytest.param("zero2", marks=pytest.mark.exhaustive), "zero3"])

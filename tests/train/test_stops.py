@@ -17,14 +17,6 @@ from mixmim_ds.checkpoints import newest_complete
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def twenty(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of twenty steps that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("twenty") / "run"
-    tasks(*small_run, f"run_dir={folder}", "train.max_steps=20")
-    return folder
-
-
 def test_signals_to_one_rank_stop_all_with_everything_saved(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
     """One signal after the other, until the process is gone: in the agreement, the save and the last moments too."""
     stopped = tmp_path / "stopped"
