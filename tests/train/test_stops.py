@@ -75,11 +75,15 @@ def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str]
 
 @pytest.mark.exhaustive
 def test_fifty_kills_at_random_moments(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
-    """At any moment from the start of the launcher on; each start goes on from what the one before had saved."""
+    """At any moment from the start of the launcher on; each start goes on from what the one before had saved.
+
+    A launcher killed before it has started all ranks leaves one that waits for the others until the start's timeout.
+    """
     dice = random.Random(seed := time.time_ns())
     folder, finished, failed = tmp_path / "0", 0, 0
+    options = [*small_run, "train.max_steps=20", "train.save_every=1", "train.start_timeout_s=60"]
     for trial in range(50):
-        process = start(*small_run, f"run_dir={folder}", "train.max_steps=20", "train.save_every=1")
+        process = start(*options, f"run_dir={folder}")
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=dice.uniform(0, 20))
         whom = dice.choice(["one rank", "launcher", "all"])
@@ -89,7 +93,7 @@ def test_fifty_kills_at_random_moments(small_run: list[str], twenty: Path, tmp_p
             finished += 1
             failed += numbers(folder) != numbers(twenty)
             folder = tmp_path / str(trial + 1)
-    tasks(*small_run, f"run_dir={folder}", "train.max_steps=20", "train.save_every=1")
+    tasks(*options, f"run_dir={folder}")
     failed += numbers(folder) != numbers(twenty)
     print(f"50 trials (random.Random seed {seed}): {finished + 1} runs came to their end, {failed} with other metrics")
     assert not failed
