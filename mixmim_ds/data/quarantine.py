@@ -11,11 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
-from PIL import Image
 
 from mixmim_ds.data.dali import DecodeError, Fed, Feed, run_pipeline
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
-from mixmim_ds.data.scan import image_size, reason_of
+from mixmim_ds.data.scan import open_image, reason_of
 from mixmim_ds.data.shards import Images
 
 CHOICES = 32  # per place; with even two thirds of the images broken all of them fail once in half a million
@@ -111,11 +110,8 @@ class Quarantine:
     def _reason(self, i: int) -> str:
         """Why image i, which DALI does not decode, is broken; DALI itself does not tell it for a file."""
         try:
-            with self.index.open(i) as file:
-                image_size(file)  # tells what is no image at all in better words than PIL
-                file.seek(0)
-                with Image.open(file) as image:
-                    image.load()
+            with self.index.open(i) as file, open_image(file) as image:
+                image.load()
             return "DALI does not decode it, although PIL does"
         except Exception as error:  # whatever strikes a parser that meets arbitrary bytes
             return reason_of(error)

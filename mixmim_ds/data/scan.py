@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
+from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -168,6 +169,13 @@ def image_size(file: IO[bytes]) -> tuple[int, int]:
     if not (width and height):
         raise ValueError(f"{width} x {height} pixels")
     return height, width
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """The image in a file open at its beginning, not decoded yet; what is none raises what its parser raises."""
+    image_size(file)  # tells what is no image at all in better words than PIL
+    file.seek(0)
+    return Image.open(file)
 
 
 def _pillow_class(head: bytes) -> type[ImageFile]:

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from tqdm import tqdm
 
-from mixmim_ds.data.scan import image_size, reason_of
+from mixmim_ds.data.scan import open_image, reason_of
 from mixmim_ds.data.shards import Images
 
 SMALLEST = 32  # pixels of a side; less than a cell of the mask, before the crop
@@ -51,12 +51,9 @@ def _look(index: Images, i: int) -> list[Finding]:
     if height * width > LARGEST:
         return [Finding("too large", name, f"{width} x {height} pixels, more than {LARGEST:,}; not decoded")]
     try:
-        with index.open(i) as file:
-            image_size(file)  # tells what is no image at all in better words than PIL
-            file.seek(0)
-            with Image.open(file) as image:
-                oddities = list(_oddities(image, name)) if isinstance(image, ImageFile) else []
-                image.load()
+        with index.open(i) as file, open_image(file) as image:
+            oddities = list(_oddities(image, name)) if isinstance(image, ImageFile) else []
+            image.load()
     except Exception as error:  # whatever strikes a parser that meets arbitrary bytes
         return [Finding("broken", name, reason_of(error))]
     found = [Finding("odd", name, oddity) for oddity in oddities]

@@ -1,6 +1,5 @@
 """What a run tells while it goes: a line in the console, metrics.jsonl, TensorBoard."""
 
-import json
 import logging
 import math
 import resource
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mixmim_ds.checkpoints import append_whole, write_whole
 from mixmim_ds.train.distributed import World
+from mixmim_ds.train.json_lines import JsonLines
 
 log = logging.getLogger("mixmim_ds")
 
@@ -64,14 +63,14 @@ class Metrics:
     ) -> None:  # fmt: skip
         self.world, self.last, self.global_batch = world, last, global_batch
         self.flops_per_image, self.peak = flops_per_image, peak_flops(precision)
-        self.path, self.unwritten = run_dir / "metrics.jsonl", ""
+        self.rows = JsonLines(run_dir / "metrics.jsonl")
         self.save_time_s = 0.0
         if world.first:
-            _drop_after(self.path, start)
+            self.rows.load(lambda row: row["step"] <= start)
             self.board = Board(run_dir / "tensorboard", start)
-        self.restart(start, 0.0)
+        self._restart(start, 0.0)
 
-    def restart(self, step: int, waited: float) -> None:
+    def _restart(self, step: int, waited: float) -> None:
         """Measures time from here on."""
         self.since, self.began, self.waited = step, time.perf_counter(), waited
 
@@ -111,20 +110,14 @@ class Metrics:
         if self.world.first:
             self._write(row)
         self.save_time_s = 0.0
-        self.restart(step, waited)
+        self._restart(step, waited)
 
     def _write(self, row: dict[str, Any]) -> None:
         log.info(self._line(row))
-        self.unwritten += json.dumps(row) + "\n"
-        try:
-            append_whole(self.path, self.unwritten)
-            self.unwritten = ""
-        except OSError as error:
-            log.warning("%s cannot be written (%s): its rows are kept and written later", self.path, error.strerror)
-        step = row.pop("step")
-        scalars = {name: value for name, value in row.items() if value is not None}
+        self.rows.add(row)
+        scalars = {name: value for name, value in row.items() if name != "step" and value is not None}
         for name, value in scalars.items():
-            self.board.tell(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=step))
+            self.board.tell(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=row["step"]))
 
     def _line(self, row: dict[str, Any]) -> str:
         left = int((self.last - row["step"]) * row["step_time_s"])
@@ -174,10 +167,3 @@ class Board:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _drop_after(path: Path, step: int) -> None:
-    if path.exists():
-        rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in rows if json.loads(line)["step"] <= step]
-        write_whole(path, "".join(line + "\n" for line in kept))
