@@ -17,7 +17,7 @@ set -e
 mount -t tmpfs -o size=600m tmpfs "$DISK"
 "$@" > "$OUT" 2>&1 &
 run=$!
-until grep -q "step 3/" "$OUT" || ! kill -0 $run; do :; done
+until grep -q "step 4/" "$OUT" || ! kill -0 $run; do :; done
 until grep -q "cannot be saved" "$OUT" || ! kill -0 $run; do eval "$SPOIL"; done
 eval "$MEND"
 wait $run || code=$?
@@ -29,7 +29,7 @@ READ_ONLY = 'chmod -R a-w "$DISK/run"', 'chmod -R u+w "$DISK/run"'
 
 
 def spoiled(tmp_path: Path, spoil: str, mend: str, *overrides: str) -> tuple[int, str, Path]:
-    """Runs on two processes on a disk that is spoiled after step 3 and mended after a save has failed.
+    """Runs on two processes on a disk that is spoiled once step 3 is saved, and mended after a save has failed.
 
     Returns:
         Exit code, what was printed, and a copy of the run folder.
