@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1 | cut -d. -f1)
 DALI := $(if $(DRIVER),$(if $(filter 1,$(shell expr $(DRIVER) \>= 580)),dali-cu13,dali-cu12),dali-cu13)
 INSTALLED := $(VENV)/installed
+# A test file's worth of imports keeps one core busy, so a worker per core; four start processes enough of their own.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: setup demo test test-all lint format clean
 
@@ -22,10 +24,10 @@ demo: setup
 	$(BIN)/python launch/demo.py demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: setup
 	$(BIN)/ruff check .

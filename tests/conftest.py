@@ -1,60 +1,77 @@
-"""What the whole suite shares: real photographs and short runs on them, made once."""
+"""What the whole suite shares: real photographs and short runs on them, made once for all of pytest's workers."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from launching import ROOT, run, tasks
 
+Shared = Callable[[str, Callable[[Path], object]], Path]
+
 
 @pytest.fixture(scope="session")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Gives the folder of a name, which the first test to ask for it, in whatever worker, makes for all."""
+    base = tmp_path_factory.getbasetemp()
+    # pytest-xdist gives every worker a folder in that of the whole test run
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    base.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(base / f"{name}.lock"):
+            if not (base / f"{name}.made").exists():
+                make(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def photographs(shared: Shared) -> Path:
     """300 image files cut from real photographs: JPEG (grey and progressive ones too), PNG and WebP, 13 classes."""
-    folder = tmp_path_factory.mktemp("data") / "photographs"
-    command = [sys.executable, "launch/photographs.py", str(folder), "--count", "300"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder
+
+    def cut(folder: Path) -> None:
+        command = [sys.executable, "launch/photographs.py", str(folder), "--count", "300"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+    return shared("photographs", cut)
 
 
 @pytest.fixture(scope="session")
-def small_run(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def small_run(photographs: Path) -> list[str]:
     """Options of a small run that logs every step; its learning rate is at full height from the first step on."""
     return [
-        "model=tiny", "data=folder", f"data.root={photographs}", f"data.index_dir={tmp_path_factory.mktemp('index')}",
+        "model=tiny", "data=folder", f"data.root={photographs}", f"data.index_dir={photographs.parent / 'index'}",
         "model.img_size=64", "train.global_batch=32", "train.micro_batch=8", "train.log_every=1",
         "train.save_every=100", "train.picture_every=0", "optim.warmup_epochs=0", "optim.base_lr=1e-3",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def stage_run(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def stage_run(small_run: list[str], shared: Shared) -> Callable[[str, str], Path]:
     """The folder of a run of four steps on two processes, for a file of ds_configs/ and a precision.
 
     Its live.pt holds the weights at the end as the live engine had them (tests/live.py).
     """
 
-    @cache
-    def make(ds: str, precision: str) -> Path:
-        folder = tmp_path_factory.mktemp(f"{ds}-{precision}") / "run"
-        overrides = [*small_run, f"run_dir={folder}", f"ds={ds}", f"precision={precision}", "train.max_steps=4"]
-        if precision == "fp32":
-            run("deepspeed", *overrides, script="tests/live.py")
-        else:
-            tasks(*overrides, script="tests/live.py")
-        return folder
+    def get(ds: str, precision: str) -> Path:
+        start = tasks if precision != "fp32" else partial(run, "deepspeed")
+        options = [*small_run, f"ds={ds}", f"precision={precision}", "train.max_steps=4"]
+        return shared(f"{ds}-{precision}", lambda folder: start(*options, f"run_dir={folder}", script="tests/live.py"))
 
-    return make
+    return get
 
 
 @pytest.fixture(scope="session")
-def twenty(small_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def twenty(small_run: list[str], shared: Shared) -> Path:
     """The folder of a run of twenty steps on two processes that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("twenty") / "run"
-    tasks(*small_run, f"run_dir={folder}", "train.max_steps=20")
-    return folder
+    return shared("twenty", lambda folder: tasks(*small_run, f"run_dir={folder}", "train.max_steps=20"))
 
 
 @pytest.fixture(autouse=True)

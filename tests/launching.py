@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -16,6 +17,8 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["mixmim_ds.train.pretrain"])
 
 
 def free_port() -> int:
@@ -84,21 +87,37 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def tasks(*overrides: str, processes: int = 2, code: int = 0, script: str = "launch/pretrain.py") -> str:
-    """Runs the ranks of a job without a launcher, which takes seconds to start; as srun starts them, each finds in its
-    environment who it is. Expects the exit code of all and returns what all printed."""
+    """Runs the ranks of a job without a launcher; as srun starts them, each finds in its environment who it is.
+
+    Launchers and imports take most of a short run's time, so the ranks are forked from a process that has done the
+    imports. Expects the exit code of all and returns what all printed.
+    """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with tempfile.TemporaryFile("w+") as printed:
+    with tempfile.NamedTemporaryFile("r") as printed:
         started = []
         for rank in range(processes):
             who = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             names = environment() | place | {name: str(value) for name, value in who.items()}
-            task = [sys.executable, script, *overrides]
-            started.append(subprocess.Popen(task, cwd=ROOT, env=names, stdout=printed, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=300) for process in started]
-        printed.seek(0)
+            started.append(FORKS.Process(target=_task, args=([script, *overrides], names, printed.name)))
+            started[-1].start()
+        for process in started:
+            process.join(timeout=300)
+        codes = {process.exitcode for process in started}
         text = printed.read()
-    assert set(codes) == {code}, text
+    assert codes == {code}, f"exit codes {codes}: {text}"
     return text
+
+
+def _task(words: list[str], names: dict[str, str], printed: str) -> None:
+    """Turns this process into that of a command line."""
+    output = os.open(printed, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ |= names
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

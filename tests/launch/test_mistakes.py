@@ -1,5 +1,7 @@
 """A user's mistake ends in one sentence that names the option, with nothing written over."""
 
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,19 +53,23 @@ def options(photographs: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def reports(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def reports(photographs: Path, shared: Callable[..., Path]) -> dict[str, str]:
     """The line that reports each mistake; two at a time, for one command keeps one core busy."""
-    folder = tmp_path_factory.mktemp("mistakes")
-    usual = options_for(photographs, folder)
 
-    def report(mistake: str) -> str:
-        options = [option for option in usual if mistake != "no data at all" or not option.startswith("data.root")]
-        return last_line_of([*options, *(option.replace("DIR", str(folder)) for option in MISTAKES[mistake][0])])
+    def make_all(folder: Path) -> None:
+        folder.mkdir()
+        usual = options_for(photographs, folder)
 
-    with ThreadPoolExecutor(2) as pool:
-        lines = dict(zip(MISTAKES, pool.map(report, MISTAKES), strict=True))
-    assert not (folder / "run").exists()
-    return lines
+        def report(mistake: str) -> str:
+            options = [option for option in usual if mistake != "no data at all" or not option.startswith("data.root")]
+            return last_line_of([*options, *(option.replace("DIR", str(folder)) for option in MISTAKES[mistake][0])])
+
+        with ThreadPoolExecutor(2) as pool:
+            lines = dict(zip(MISTAKES, pool.map(report, MISTAKES), strict=True))
+        assert not (folder / "run").exists()
+        (folder / "lines.json").write_text(json.dumps(lines))
+
+    return json.loads((shared("mistakes", make_all) / "lines.json").read_text())
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
