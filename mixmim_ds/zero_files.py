@@ -51,6 +51,7 @@ class Saved:
     moments: dict[str, dict[str, Scattered]]  # Adam's: "exp_avg" and "exp_avg_sq"
     updates: int  # that Adam has counted
     buffers: dict[str, Scattered]
+    loss_scaler: DynamicLossScaler | None  # of fp16: the scale, and how many steps ago it changed
 
 
 def read_saved(folder: Path) -> Saved:
@@ -73,10 +74,12 @@ def read_saved(folder: Path) -> Saved:
             for key in MOMENTS
         }
         buffers = {name: state["module"][name] for name in state["buffer_names"]}
+        scaler = ranks[0].get("loss_scaler")
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder} cannot be read as a checkpoint of DeepSpeed's: {error}.") from error
     scattered = {name: Scattered([buffer.flatten()], buffer.shape) for name, buffer in buffers.items()}
-    return Saved(masters, moments, int(adam[0][0]["step"]), scattered)
+    dynamic = scaler if isinstance(scaler, DynamicLossScaler) else None
+    return Saved(masters, moments, int(adam[0][0]["step"]), scattered, dynamic)
 
 
 def _load(path: Path) -> dict[str, Any]:

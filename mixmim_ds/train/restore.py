@@ -30,16 +30,17 @@ def load_weights(model: MixMIM, saved: Saved) -> None:
 
 
 def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
-    """Gives a new engine, built around `load_weights`'s model, the exact masters and Adam's state.
+    """Gives a new engine, built around `load_weights`'s model, the exact masters, Adam's state and fp16's loss scale.
 
-    DeepSpeed's own loader would also bring back lr, weight decay, betas and clipping and so override the options. The
-    dynamic loss scale of fp16 is not carried over: it starts high and finds its place again within some skipped steps.
+    DeepSpeed's own loader would also bring back lr, weight decay, betas and clipping and so override the options.
     """
     _create_states(engine, saved.updates)
     for name, parameter in engine.module.named_parameters():
         _set(parameter, saved.masters[name].contiguous(), None)
         for key in MOMENTS:
             _set(parameter, saved.moments[key][name].contiguous(), key)
+    if saved.loss_scaler is not None:
+        engine.optimizer.loss_scaler = saved.loss_scaler
     engine.global_steps = step
 
 

@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import tasks
 
+from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.config import load_config
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.distributed import connect, disconnect
 from mixmim_ds.train.engine import build_engine, set_lr
+from mixmim_ds.zero_files import read_saved
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no GPU: would train in bf16 and fp16, compiled or not, without a host sync between log steps",
+        reason="no GPU: would train in bf16 and fp16, compiled or not, without a host sync between log steps, and "
+        "go on in fp16 with its loss scale",
     ),
 ]
 
@@ -47,3 +51,16 @@ def test_steps_lower_the_loss_and_never_wait_for_the_gpu(ds: str, options: list[
     finally:
         torch.cuda.set_sync_debug_mode("default")
         disconnect()
+
+
+def test_fp16_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
+    """The scale starts too high: some steps lower it, and they must not come again."""
+    options = ["model=tiny", "data=synthetic", "precision=fp16", "train.global_batch=32", "train.micro_batch=32"]
+    scalers = []
+    for folder, ends in (("straight", [12]), ("broken", [6, 12])):
+        for steps in ends:
+            tasks(*options, f"run_dir={tmp_path / folder}", f"train.max_steps={steps}", processes=1)
+        newest = newest_complete(tmp_path / folder)
+        assert newest is not None
+        scalers.append(read_saved(newest.path).loss_scaler)
+    assert scalers[0] is not None and vars(scalers[0]) == vars(scalers[1])

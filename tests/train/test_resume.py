@@ -1,10 +1,12 @@
 """Going on: on other numbers of processes, under other ZeRO stages, and after a checkpoint was damaged."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from launching import numbers, run, tasks
 
 from mixmim_ds.checkpoints import newest_complete
@@ -26,7 +28,7 @@ def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
     """Many a tensor does not divide by two: ZeRO-3 pads those."""
     straight, moved = stage_run("zero1", precision), tmp_path / "moved"
     options = [*small_run, f"precision={precision}", f"run_dir={moved}"]
-    for steps, processes, ds in ((1, 2, "zero2"), (2, 1, "zero1"), (4, 2, "zero3")):
+    for steps, processes, ds in ((1, 2, "zero2"), (2, 1, "zero1"), (3, 4, "zero1"), (4, 2, "zero3")):
         tasks(*options, f"ds={ds}", f"train.max_steps={steps}", processes=processes)
     # Only the order in which micro-batches are summed differs: 1e-7 apart in fp32; in bf16 that flips roundings of
     # the working weights (2^-9 each, of few of them), which moved the loss by 1.5e-5.
@@ -44,6 +46,21 @@ def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
                 moment = expected_state.moments[key][name].contiguous()
                 error = (found.moments[key][name].contiguous() - moment).norm() / moment.norm()
                 assert error < 1e-3, (key, name)
+
+
+def test_the_loss_scale_of_fp16_is_read_back(stage_run: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """A CPU does not train in fp16, so its scaler is put into files of bf16; test_gpu.py goes on from real ones."""
+    newest = newest_complete(stage_run("zero2", "bf16"))
+    assert newest is not None and read_saved(newest.path).loss_scaler is None
+    copy = Path(shutil.copytree(newest.path, tmp_path / "copy"))
+    scaler = DynamicLossScaler(2**16, 1000, 1, 2, False)
+    scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = 2**12, 70, 50
+    for path in copy.glob("*optim_states.pt"):
+        state = torch.load(path, weights_only=False)
+        state["optimizer_state_dict"]["loss_scaler"] = scaler
+        torch.save(state, path)
+    found = read_saved(copy).loss_scaler
+    assert found is not None and vars(found) == vars(scaler)
 
 
 def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
