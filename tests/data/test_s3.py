@@ -1,16 +1,14 @@
 """S3, here a server on loopback that speaks its protocol: the same images, rows and pixels as from a disk."""
 
-import hashlib
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from buckets import endpoint_of, forbid, log_in, serve, stocked, write_images
+from buckets import endpoint_of, forbid, serve
 from launching import ROOT
 from loading import assert_same, global_batches, loaders_of, read
 from tars import picture, write_tar
@@ -18,50 +16,12 @@ from tars import picture, write_tar
 from mixmim_ds.data import loader as loader_module
 from mixmim_ds.data import s3
 from mixmim_ds.data.index import open_index
-from mixmim_ds.data.pack import pack
 from mixmim_ds.data.quarantine import DataFailed
 from mixmim_ds.data.s3_folder import open_folder
 from mixmim_ds.data.shards import Images, open_shards
 from mixmim_ds.data.verify import verify
 
 PATTERNS = ["shards/train-{000000..000004}.tar", "shards/*.tar", "**/train-00000[0-4].tar", "s{hards/train,x}-*.tar"]
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 images and one that is broken in `images`, and the 40 as five shards in `shards`."""
-    disk = tmp_path_factory.mktemp("disk")
-    write_images(disk / "images")
-    pack(open_index(disk / "images", disk / "index"), disk / "shards", per_shard=8)
-    return disk
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    server = serve()
-    with pytest.MonkeyPatch.context() as patch:
-        log_in(patch, server)
-        s3._client_of.cache_clear()
-        yield s3._client_of(os.getpid())
-    server.stop()
-
-
-@pytest.fixture
-def forget() -> Iterator[Callable[[], None]]:
-    """Lets the next request see the environment as it is by then; called by itself at the end."""
-    yield s3._client_of.cache_clear
-    s3._client_of.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def bucket(disk: Path, client: Any) -> str:
-    return stocked(client, disk, "shared")
-
-
-@pytest.fixture
-def changing(disk: Path, client: Any, tmp_path: Path) -> str:
-    """A bucket of the test's own."""
-    return stocked(client, disk, f"own-{hashlib.sha256(os.fsencode(tmp_path)).hexdigest()[:8]}")
 
 
 def told(index: Images) -> tuple:
