@@ -20,7 +20,7 @@ from mixmim_ds.data.shards import Images
 from mixmim_ds.models.grids import CELL
 
 RETRIES = 3  # of a batch whose images all decode alone, or that S3 does not give
-DOWN_S = 10  # that S3 gets to come back before a retry, after those of each request
+DOWN_S = 30  # that S3 gets to come back before a retry; the client soon makes none of its own (its retry quota)
 
 
 @dataclass(frozen=True)

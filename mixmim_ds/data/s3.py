@@ -22,7 +22,7 @@ import numpy as np
 
 SCHEME = "s3://"
 CONNECTIONS = 32  # threads of a process that wait for the store at once
-ATTEMPTS = 5  # of a request that the store does not answer or refuses for a moment
+ATTEMPTS = 5  # of a request that the store does not answer or refuses for a moment, at most
 CONNECT_S, READ_S = 10, 20  # without a sign of the store, after which an attempt is given up
 FORBIDDEN, NOT_FOUND, NO_SUCH_RANGE = 403, 404, 416  # what HTTP says of one object; all else is the store's own trouble
 
