@@ -1,4 +1,4 @@
-"""Looks after folders of images.
+"""Looks after folders of images; DIR may be s3://bucket/prefix, but for --pack.
 
 python launch/index.py DIR             builds the index that training uses, or opens it if the folder is unchanged
 python launch/index.py DIR --verify    decodes every image and lists what is broken, too small, too large or odd
@@ -16,11 +16,13 @@ import numpy as np
 from mixmim_ds.config import DataConfig
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.pack import pack
+from mixmim_ds.data.s3 import StorageDown, is_s3, refusal
+from mixmim_ds.data.s3_folder import S3Index, open_folder
 from mixmim_ds.data.storage import place_of
 from mixmim_ds.data.verify import KINDS, verify
 
 
-def describe(index: Index, place: Path) -> str:
+def describe(index: Index | S3Index, place: Path) -> str:
     """What the index holds, a line each."""
     order = np.argsort(index.sizes.prod(1, dtype=np.int64))
     smallest, largest = (f"{width} x {height}" for height, width in index.sizes[order[[0, -1]]].tolist())
@@ -35,7 +37,7 @@ def describe(index: Index, place: Path) -> str:
     )
 
 
-def list_findings(index: Index) -> bool:
+def list_findings(index: Index | S3Index) -> bool:
     """Decodes all images, prints what was found and a summary; whether something is broken."""
     found = list(verify(index, progress=True))
     for finding in found:
@@ -45,13 +47,16 @@ def list_findings(index: Index) -> bool:
     return count["broken"] > 0
 
 
-def pack_folder(index: Index, arguments: argparse.Namespace) -> str:
+def pack_folder(arguments: argparse.Namespace, index_dir: Path) -> str:
     """Packs as asked; returns what was written and how to train on it. ValueError on a user's mistake."""
     if arguments.out is None:
         raise ValueError("--pack wants two folders: DIR, of the images, and OUT, to be made for the shards.")
-    shards = pack(index, arguments.out, arguments.per_shard, progress=True)
+    if is_s3(arguments.root) or is_s3(arguments.out):
+        raise ValueError("--pack reads and writes folders on disk: copy from and to s3:// with `aws s3 sync`.")
+    index, out = open_index(Path(arguments.root), index_dir, progress=True), Path(arguments.out)
+    shards = pack(index, out, arguments.per_shard, progress=True)
     left_out = f" ({len(index.broken):,} broken files left out)" if index.broken else ""
-    pattern = arguments.out.resolve() / f"train-{{000000..{len(shards) - 1:06}}}.tar"
+    pattern = out.resolve() / f"train-{{000000..{len(shards) - 1:06}}}.tar"
     return (
         f"{arguments.root} -> {arguments.out}: {len(index):,} images of {len(index.classes):,} classes in "
         f"{len(shards):,} shards{left_out}\ntrain with: data=shards 'data.root={pattern}'"
@@ -61,8 +66,8 @@ def pack_folder(index: Index, arguments: argparse.Namespace) -> str:
 def main() -> int:
     """Reads the command line and looks; 1 if --verify has found something broken, 2 after one line on a mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, metavar="DIR", help="the folder of the images, data.root of a run")
-    parser.add_argument("out", type=Path, metavar="OUT", nargs="?", help="with --pack, the folder to make")
+    parser.add_argument("root", metavar="DIR", help="the folder of the images, data.root of a run")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="with --pack, the folder to make")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--verify", action="store_true", help="decode every image; exit code 1 if one is broken")
     task.add_argument("--pack", action="store_true", help="write the images of DIR as tar shards")
@@ -70,17 +75,20 @@ def main() -> int:
     parser.add_argument("--index-dir", type=Path, default=DataConfig.index_dir, help="default: %(default)s")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names need not be UTF-8
-    root, index_dir = arguments.root, arguments.index_dir.expanduser()
+    index_dir = arguments.index_dir.expanduser()
     try:
-        index = open_index(root, index_dir, progress=True)
         if arguments.pack:
-            print(pack_folder(index, arguments))
+            print(pack_folder(arguments, index_dir))
             return 0
+        index = open_folder(arguments.root, index_dir, progress=True)
+        print(describe(index, place_of(index_dir, os.fsencode(index.root))))
+        return int(arguments.verify and list_findings(index))
+    except StorageDown as error:
+        print(f"error: {refusal(arguments.root, error)}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(describe(index, place_of(index_dir, os.fsencode(root.resolve()))))
-    return int(arguments.verify and list_findings(index))
 
 
 if __name__ == "__main__":

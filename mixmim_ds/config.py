@@ -58,7 +58,7 @@ class DataConfig:
     """The images and how they are cut; what follows from them is computed from (train.seed, step)."""
 
     kind: str = "folder"  # image files at any depth of `root`; shards: tar files; synthetic: random, for benchmarks
-    root: str | None = None  # a folder; of shards a pattern, '/data/train-{000000..001281}.tar' or '/data/*.tar'
+    root: str | None = None  # a folder; of shards a pattern, '/data/train-{000000..001281}.tar'; s3://bucket/... too
     index_dir: str = "~/.cache/mixmim_ds"  # where found images are remembered; every node must see it
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])  # share of the image's area
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])  # width / height

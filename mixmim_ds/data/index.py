@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, ClassVar, Literal
+from typing import IO, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -21,12 +21,9 @@ Source = Literal["paths", "bytes"]  # what an index gives of its images: where t
 
 
 @dataclass(frozen=True)
-class Index:
-    """The images of a folder, in the order of the bytes of their relative paths; the arrays are memory-mapped."""
+class Folder:
+    """The images below a root, in the order of the bytes of their relative paths; the arrays are memory-mapped."""
 
-    gives: ClassVar[Source] = "paths"
-
-    root: Path
     paths: np.ndarray  # uint8 [N, L], NUL-padded, relative to root, encoded as by os.fsencode
     sizes: np.ndarray  # int32 [N, 2], height and width in pixels as stored, EXIF orientation not applied
     labels: np.ndarray  # int32 [N], position in classes, -1 for an image directly in root
@@ -40,6 +37,15 @@ class Index:
     def name(self, i: int) -> str:
         """Where image i lies, relative to the root."""
         return os.fsdecode(self.paths[i].tobytes().rstrip(b"\0"))
+
+
+@dataclass(frozen=True)
+class Index(Folder):
+    """The images of a folder on disk."""
+
+    gives: ClassVar[Source] = "paths"
+
+    root: Path
 
     def path(self, i: int) -> Path:
         """The file of image i."""
@@ -84,16 +90,20 @@ def _store(root: Path, index_dir: Path) -> Store[Index]:
 
 
 def _wrap(root: Path, stored: Stored) -> Index:
+    return Index(root=root, **fields_of(stored))
+
+
+def fields_of(stored: Stored) -> dict[str, Any]:
+    """Those of a `Folder`."""
     arrays, meta = stored.arrays, stored.meta
-    return Index(
-        root=root,
-        paths=arrays["paths"],
-        sizes=arrays["sizes"],
-        labels=arrays["labels"],
-        classes=meta["classes"],
-        fingerprint=meta["fingerprint"],
-        broken=[(name, reason) for name, reason in meta["broken"]],
-    )
+    return {
+        "paths": arrays["paths"],
+        "sizes": arrays["sizes"],
+        "labels": arrays["labels"],
+        "classes": meta["classes"],
+        "fingerprint": meta["fingerprint"],
+        "broken": [(name, reason) for name, reason in meta["broken"]],
+    }
 
 
 def _directories_unchanged(root: Path, stored: Stored) -> bool:
@@ -105,30 +115,39 @@ def _directories_unchanged(root: Path, stored: Stored) -> bool:
 def _build(root: Path, index_dir: Path, progress: bool) -> Stored:
     """Look at every image below `root`."""
     listing = scan.list_images(os.fsencode(root), os.fsencode(index_dir), progress)
-    if not len(listing.images):
+    measured, broken = scan.measure(os.fsencode(root), listing.images, scan.measure_file, scan.threads(), progress)
+    stored = describe(str(root), listing.images, listing.others, measured, broken)
+    return Stored(stored.arrays | {"directories": listing.directories, "mtimes": listing.mtimes}, stored.meta)
+
+
+def describe(root: str, images: np.ndarray, others: int, measured: np.ndarray, broken: list[tuple[str, str]]) -> Stored:
+    """What a `Folder` is wrapped around.
+
+    Args:
+        images: relative paths of the files with an image's extension, bytes [n], sorted.
+        others: how many other files there are.
+        measured, broken: as `scan.measure` has found them.
+
+    Raises:
+        ValueError: no image is left.
+    """
+    if not len(images):
         raise ValueError(
             f"data.root={root} holds no image: {b', '.join(scan.EXTENSIONS).decode()} are looked for at any "
-            f"depth, but there are only {listing.others:,} other files; give the folder that holds the images."
+            f"depth, but there are only {others:,} other files; give the folder that holds the images."
         )
-    measured, broken = scan.measure(os.fsencode(root), listing.images, progress)
     readable = measured[:, 0] > 0
     if not readable.any():
         raise ValueError(
             f"data.root={root} holds no readable image: all {len(broken):,} files with an image's extension are "
             f"broken, the first is {broken[0][0]} ({broken[0][1]}); give a folder of intact images."
         )
-    names, measured = listing.images[readable], measured[readable]
+    names, measured = images[readable], measured[readable]
     paths = _table(names)
     labels, classes = _classes(names)
-    arrays = {
-        "paths": paths,
-        "sizes": measured[:, :2].astype(np.int32),
-        "labels": labels,
-        "directories": listing.directories,
-        "mtimes": listing.mtimes,
-    }
+    arrays = {"paths": paths, "sizes": measured[:, :2].astype(np.int32), "labels": labels}
     fingerprint = _fingerprint(paths, measured)
-    return Stored(arrays, {"root": str(root), "fingerprint": fingerprint, "classes": classes, "broken": broken})
+    return Stored(arrays, {"root": root, "fingerprint": fingerprint, "classes": classes, "broken": broken})
 
 
 def _table(names: np.ndarray) -> np.ndarray:

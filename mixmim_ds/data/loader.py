@@ -15,10 +15,12 @@ from mixmim_ds.config import DataConfig, RunConfig
 from mixmim_ds.data.dali import DecodeError, Fed, Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
 from mixmim_ds.data.quarantine import DataFailed, Quarantine
+from mixmim_ds.data.s3 import StorageDown
 from mixmim_ds.data.shards import Images
 from mixmim_ds.models.grids import CELL
 
-RETRIES = 3  # of a batch whose images all decode alone
+RETRIES = 3  # of a batch whose images all decode alone, or that S3 does not give
+DOWN_S = 30  # that S3 gets to come back before a retry; the client soon makes none of its own (its retry quota)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Normalise:
 
 
 class DaliLoader:
-    """Micro-batches of image files or tar shards, cut and decoded by DALI as the plan says."""
+    """Micro-batches of images, as files or in tar shards, cut and decoded by DALI as the plan says."""
 
     def __init__(
         self,
@@ -131,15 +133,32 @@ class DaliLoader:
                 for batch in self._batches_until_failure(turn):
                     yield batch
                     turn, failures = turn + 1, 0
-            except DecodeError as error:
+            except (DecodeError, StorageDown) as error:
                 began = time.perf_counter()
-                # Where no image is to blame, storage may have failed for a moment.
-                failures = 0 if self.quarantine.examine(*self.share.place(turn)) else failures + 1
-                if failures == RETRIES:
-                    raise DataFailed(
-                        f"DALI failed {RETRIES} times over images that it decodes alone: {error}"
-                    ) from error
+                failures = self._recover(error, turn, failures)
                 self.wait_s += time.perf_counter() - began
+
+    def _recover(self, error: DecodeError | StorageDown, turn: int, failures: int) -> int:
+        """Finds the broken images of a micro-batch that failed; how often in a row it has without one, this time too.
+
+        Raises:
+            DataFailed: too often, or as `Quarantine.examine`.
+        """
+        try:
+            if isinstance(error, DecodeError) and self.quarantine.examine(*self.share.place(turn)):
+                return 0
+        except StorageDown as down:
+            error = down
+        # Where no image is to blame, storage may have failed for a moment.
+        if failures + 1 == RETRIES:
+            if isinstance(error, DecodeError):
+                raise DataFailed(f"DALI failed {RETRIES} times over images that it decodes alone: {error}") from error
+            raise DataFailed(
+                f"S3 failed {RETRIES} times in a row: {error.strerror}, then start the same command again."
+            ) from error
+        if isinstance(error, StorageDown):
+            time.sleep(DOWN_S)
+        return failures + 1
 
     def _batches_until_failure(self, first: int) -> Iterator[MicroBatch]:
         """This rank's micro-batches from number `first` on; DecodeError once one cannot be decoded."""

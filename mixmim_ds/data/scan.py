@@ -6,7 +6,7 @@ n  files with an image's extension    D  directories
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO
@@ -19,6 +19,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from tqdm import tqdm
 
+from mixmim_ds.data.s3 import StorageDown
+
 EXTENSIONS = b".bmp", b".jpeg", b".jpg", b".png", b".webp"
 # Decoders tell files apart by these bytes; extensions lie. Pillow's classes are called directly, because
 # PIL.Image.open refuses photographs beyond 179 megapixels and its limit is set for the whole process.
@@ -30,6 +32,9 @@ PILLOW_FORMATS: dict[bytes, type[ImageFile]] = {
 WEBP_HEADER = 30  # bytes up to the end of the size, in each of its three kinds
 BATCH = 256  # files or directories that one task of a thread looks at
 TICK_NS = 20_000_000  # the clock of file systems ticks every 1 to 10 ms (Linux, CONFIG_HZ); this is safely more
+
+
+Look = Callable[[bytes], tuple[int, int, int]]  # height, width and bytes of the image at a path
 
 
 @dataclass(frozen=True)
@@ -112,33 +117,44 @@ def mtimes_of(root: bytes, directories: np.ndarray) -> np.ndarray:
         return np.array([mtime for batch in pool.map(look, _batches(len(directories))) for mtime in batch])
 
 
-def measure(root: bytes, names: np.ndarray, progress: bool) -> tuple[np.ndarray, list[tuple[str, str]]]:
+def measure(
+    root: bytes, names: np.ndarray, look: Look, workers: int, progress: bool
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
     """Read the headers of the files `names`, bytes [n], relative to `root`.
+
+    Args:
+        look: `measure_file` or alike; what is no image raises what its parser raises.
+        workers: threads that look.
 
     Returns:
         int64 [n, 3]: height and width in pixels and the size in bytes, zeros for a file without readable header;
         the names of those, with the reasons.
+
+    Raises:
+        StorageDown: S3 as a whole fails.
     """
     measured = np.zeros((len(names), 3), np.int64)
     broken: list[tuple[str, str]] = []
     batches = list(_batches(len(names)))
     with (
-        ThreadPoolExecutor(threads()) as pool,
+        ThreadPoolExecutor(workers) as pool,
         tqdm(desc="reading headers", total=len(names), unit=" images", disable=None if progress else True) as bar,
     ):
-        failures = pool.map(lambda rows: _measure_batch(root, names[rows], measured[rows]), batches)
+        failures = pool.map(lambda rows: _measure_batch(root, names[rows], look, measured[rows]), batches)
         for rows, failed in zip(batches, failures, strict=True):
             broken += failed
             bar.update(len(names[rows]))
     return measured, broken
 
 
-def _measure_batch(root: bytes, names: np.ndarray, measured: np.ndarray) -> list[tuple[str, str]]:
+def _measure_batch(root: bytes, names: np.ndarray, look: Look, measured: np.ndarray) -> list[tuple[str, str]]:
     """Fills the rows of `measured`; returns names and reasons of those that stay zeros."""
     broken = []
     for row, name in enumerate(names.tolist()):
         try:
-            measured[row] = _measure_file(os.path.join(root, name))
+            measured[row] = look(os.path.join(root, name))
+        except StorageDown:
+            raise
         except Exception as error:  # whatever strikes a parser that meets arbitrary bytes
             broken.append((os.fsdecode(name), reason_of(error)))
     return broken
@@ -149,7 +165,7 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _measure_file(path: bytes) -> tuple[int, int, int]:
+def measure_file(path: bytes) -> tuple[int, int, int]:
     """Height, width and bytes of an image file; a file that is none raises what its parser raises."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever

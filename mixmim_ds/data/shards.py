@@ -1,11 +1,12 @@
 """Which images the tar shards of a WebDataset hold and where: found once, memory-mapped afterwards.
 
 The same contract as the index of a folder (`index`), kept the same way (`storage`). A shard that was written again
-has another size or time and lets the index be built anew.
+has another size or time, or in S3 another ETag, and lets the index be built anew.
 
 N  images    S  shards    T  bytes of all names
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -18,8 +19,10 @@ from typing import IO, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from mixmim_ds.data import s3
 from mixmim_ds.data.index import Index, Source
 from mixmim_ds.data.pattern import find_shards
+from mixmim_ds.data.s3_folder import S3Index
 from mixmim_ds.data.scan import EXTENSIONS, threads
 from mixmim_ds.data.spans import SpanReader
 from mixmim_ds.data.storage import Store, Stored, place_of, release
@@ -61,14 +64,14 @@ class ShardIndex:
         return self.reader.read(spans)
 
 
-Images = Index | ShardIndex  # two kinds of storage, one contract
+Images = Index | S3Index | ShardIndex  # three kinds of storage, one contract
 
 
 def open_shards(pattern: str, index_dir: Path, progress: bool = False) -> ShardIndex:
     """The index of the shards that `pattern` names: that in `index_dir`, or a new one if a shard has changed since.
 
     Args:
-        pattern: paths of tar files, with braces and globs (`pattern`).
+        pattern: paths of tar files, or addresses in S3, with braces and globs (`pattern`).
         index_dir: folder for the indices of any number of data sets, made if missing.
         progress: draw a bar with rate and time left while building.
 
@@ -76,8 +79,9 @@ def open_shards(pattern: str, index_dir: Path, progress: bool = False) -> ShardI
         ValueError: shards are missing, no plain and whole tar files, or without readable images, or index_dir cannot
             be written.
     """
-    paths = [os.path.abspath(path) for path in find_shards(pattern)]
-    place = place_of(index_dir, b"shards of " + os.fsencode(Path(pattern).absolute()))
+    paths = [path if s3.is_s3(path) else os.path.abspath(path) for path in find_shards(pattern)]
+    source = pattern if s3.is_s3(pattern) else Path(pattern).absolute()
+    place = place_of(index_dir, b"shards of " + os.fsencode(source))
     store = Store(place, _wrap, partial(_shards_unchanged, paths))
     return store.open(lambda: _build(pattern, paths, progress))
 
@@ -103,7 +107,14 @@ def _shards_unchanged(paths: list[str], stored: Stored) -> bool:
 
 
 def _states_of(paths: list[str]) -> np.ndarray:
-    """Size in bytes and time of the last change in ns, int64 [S, 2]."""
+    """Size in bytes and time of the last change in ns, in S3 a hash of the ETag, int64 [S, 2]; OSError if one is not
+    there."""
+    if s3.is_s3(paths[0]):
+        found = s3.look_up(paths)
+        for path in paths:
+            if path not in found:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return np.array([found[path] for path in paths])
     with ThreadPoolExecutor(threads()) as pool:
         return np.array([(status.st_size, status.st_mtime_ns) for status in pool.map(os.stat, paths)])
 

@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from tqdm import tqdm
 
+from mixmim_ds.data.s3 import StorageDown
 from mixmim_ds.data.scan import open_image, reason_of
 from mixmim_ds.data.shards import Images
 
@@ -32,6 +33,9 @@ def verify(index: Images, progress: bool) -> Iterator[Finding]:
     """What there is to say about the images, first of the files that the index has left out, then in its order.
 
     Threads do, because PIL decodes without Python's lock.
+
+    Raises:
+        StorageDown: S3 as a whole fails.
     """
     yield from (Finding("broken", name, reason) for name, reason in index.broken)
     batches = [range(first, min(first + BATCH, len(index))) for first in range(0, len(index), BATCH)]
@@ -54,6 +58,8 @@ def _look(index: Images, i: int) -> list[Finding]:
         with index.open(i) as file, open_image(file) as image:
             oddities = list(_oddities(image, name)) if isinstance(image, ImageFile) else []
             image.load()
+    except StorageDown:
+        raise
     except Exception as error:  # whatever strikes a parser that meets arbitrary bytes
         return [Finding("broken", name, reason_of(error))]
     found = [Finding("odd", name, oddity) for oddity in oddities]

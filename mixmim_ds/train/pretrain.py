@@ -11,9 +11,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.config import RunConfig
-from mixmim_ds.data.index import open_index
 from mixmim_ds.data.loader import Loader, Share, open_loader
 from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.data.s3_folder import open_folder
 from mixmim_ds.data.shards import Images, open_shards
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
@@ -150,7 +150,7 @@ def _find_images(config: RunConfig, world: World) -> Images | None:
     def find(progress: bool) -> Images:
         if config.data.kind == "shards":
             return open_shards(root, index_dir, progress)
-        return open_index(Path(root), index_dir, progress)
+        return open_folder(root, index_dir, progress)
 
     on_first_rank(world, lambda: bool(find(progress=True)))
     return find(progress=False)

@@ -45,13 +45,13 @@ def index_dir(tmp_path: Path) -> Path:
 def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The image files that have been opened since."""
     seen: list[bytes] = []
-    measure = scan._measure_file
+    measure = scan.measure_file
 
     def count(path: bytes) -> tuple[int, int, int]:
         seen.append(path)
         return measure(path)
 
-    monkeypatch.setattr(scan, "_measure_file", count)
+    monkeypatch.setattr(scan, "measure_file", count)
     return seen
 
 

@@ -116,6 +116,7 @@ def test_the_command_packs_and_tells_how_to_go_on(root: Path, tmp_path: Path) ->
         (("--pack", root), "error: --pack wants two folders: DIR, of the images, and OUT, to be made for the shards."),
         (("--pack", root, tmp_path / "out"), f"error: OUT={tmp_path}/out is there already"),
         (("--pack", root, tmp_path / "b", "--per-shard", 0), "error: --per-shard=0 must be a positive number"),
+        (("--pack", "s3://bucket/x", tmp_path / "b"), "error: --pack reads and writes folders on disk: copy from"),
         (("--pack", tmp_path / "none", tmp_path / "b"), f"error: data.root={tmp_path}/none does not exist"),
     ):
         done = call(*arguments)

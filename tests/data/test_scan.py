@@ -37,7 +37,7 @@ def listed(root: Path) -> list[str]:
 def measured(folder: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Height, width and bytes of the readable images of a folder, and why the others are broken."""
     names = np.array(sorted(os.listdir(os.fsencode(folder))))
-    rows, broken = scan.measure(os.fsencode(folder), names, progress=False)
+    rows, broken = scan.measure(os.fsencode(folder), names, scan.measure_file, 8, progress=False)
     sizes = {os.fsdecode(name): row.tolist() for name, row in zip(names.tolist(), rows, strict=True) if row[0]}
     assert set(sizes).isdisjoint(dict(broken)) and len(sizes) + len(broken) == len(names)
     return sizes, dict(broken)

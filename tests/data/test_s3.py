@@ -1,0 +1,191 @@
+"""S3, here a server on loopback that speaks its protocol: the same images, rows and pixels as from a disk."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from buckets import endpoint_of, forbid, serve
+from launching import ROOT
+from loading import assert_same, global_batches, loaders_of, read
+from tars import picture, write_tar
+
+from mixmim_ds.data import loader as loader_module
+from mixmim_ds.data import s3
+from mixmim_ds.data.index import open_index
+from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.data.s3_folder import open_folder
+from mixmim_ds.data.shards import Images, open_shards
+from mixmim_ds.data.verify import verify
+
+PATTERNS = ["shards/train-{000000..000004}.tar", "shards/*.tar", "**/train-00000[0-4].tar", "s{hards/train,x}-*.tar"]
+
+
+def told(index: Images) -> tuple:
+    return (
+        index.fingerprint, [index.name(i) for i in range(len(index))], index.sizes.tolist(), index.labels.tolist(),
+        index.classes, index.broken, [index.open(i).read() for i in range(len(index))],
+    )  # fmt: skip
+
+
+def pair(kind: str, disk: Path, bucket: str, index_dir: Path) -> tuple[Images, Images]:
+    """The images on the disk and those in the bucket."""
+    if kind == "folder":
+        return open_index(disk / "images", index_dir), open_folder(f"s3://{bucket}/images", index_dir)
+    return open_shards(f"{disk}/shards/*.tar", index_dir), open_shards(f"s3://{bucket}/shards/*.tar", index_dir)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_what_is_told_and_every_pixel_are_those_of_the_disk(kind: str, disk: Path, bucket: str, tmp_path: Path) -> None:
+    on_disk, in_s3 = pair(kind, disk, bucket, tmp_path / "index")
+    assert told(in_s3) == told(on_disk) and len(in_s3) == 40 and in_s3.gives == "bytes"
+    batches = [global_batches(index, ranks, start=0, steps=2) for index, ranks in ((on_disk, 1), (in_s3, 2))]
+    for left, right in zip(*batches, strict=True):
+        assert_same(left, right)
+
+
+def test_braces_and_globs_name_objects(disk: Path, bucket: str, tmp_path: Path) -> None:
+    on_disk = told(open_shards(f"{disk}/shards/*.tar", tmp_path / "index"))
+    for pattern in PATTERNS[:3]:
+        assert told(open_shards(f"s3://{bucket}/{pattern}", tmp_path / "index")) == on_disk, pattern
+    with pytest.raises(ValueError, match=r"names s3://.*/sx-\*\.tar, which does not exist \(1 of 2 are missing\)"):
+        open_shards(f"s3://{bucket}/{PATTERNS[3]}", tmp_path / "index")
+
+
+def test_an_object_is_read_as_a_file(bucket: str, client: Any) -> None:
+    client.put_object(Bucket=bucket, Key="numbers", Body=b"0123456789")
+    address = f"s3://{bucket}/numbers"
+    assert (s3.read(address), s3.read(address, 3, 4), s3.read(address, 8, 9)) == (b"0123456789", b"3456", b"89")
+    assert s3.read(address, 10, 1) == b""
+    with s3.open_object(address, 4) as file:
+        assert (file.read(1), file.seek(7), file.read(9), file.read(1)) == (b"0", 7, b"789", b"")
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_only_changed_objects_are_looked_through_again(
+    kind: str, disk: Path, changing: str, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look() -> Images:
+        return pair(kind, disk, changing, tmp_path / "index")[1]
+
+    first, opened, open_object = look(), [], s3.open_object
+    monkeypatch.setattr(s3, "open_object", lambda *arguments: opened.append(0) or open_object(*arguments))
+    assert told(look()) == told(first) and not opened
+    key = "shards/train-000001.tar" if kind == "shards" else "images/class/deep0/0.jpg"
+    content = client.get_object(Bucket=changing, Key=key)["Body"].read()
+    client.put_object(Bucket=changing, Key=key, Body=content[:-1] + b"!")  # of the same size
+    assert look().fingerprint == first.fingerprint and opened
+    if kind == "shards":
+        content = write_tar(tmp_path / "x.tar", {"x.jpg": picture()}).read_bytes()
+        client.put_object(Bucket=changing, Key=key, Body=content)
+    else:
+        client.delete_object(Bucket=changing, Key=key)
+    assert len(look()) == (33 if kind == "shards" else 39)
+
+
+@pytest.mark.parametrize(
+    ("kind", "forbidden", "reason"),
+    [
+        ("folder", False, "there is no such object (NoSuchKey)"),
+        ("folder", True, "access is refused (403); take credentials with s3:ListBucket and s3:GetObject"),
+        ("shards", False, "empty file"),
+    ],
+)
+def test_what_cannot_be_had_any_more_is_replaced_and_named(
+    kind: str, forbidden: bool, reason: str, disk: Path, changing: str, client: Any, tmp_path: Path
+) -> None:
+    index = pair(kind, disk, changing, tmp_path / "index")[1]
+    key = "shards/train-000002.tar" if kind == "shards" else "images/class/deep0/0.jpg"
+    forbid(client, changing, key) if forbidden else client.delete_object(Bucket=changing, Key=key)
+    (loader,) = loaders_of(index, 1)
+    batches = read([loader], start=0, steps=2)
+    lost = {i for i in range(40) if index.name(i).split(":")[0] in key}
+    assert lost and not lost & {i for step in batches for batch in step for i in batch.ids.tolist()}
+    assert loader.bad and loader.bad.keys() <= lost and set(loader.bad.values()) == {reason}
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_server_that_is_down_blames_no_image(
+    kind: str, disk: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: Callable[[], None]
+) -> None:
+    server = serve()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint_of(server))
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
+    monkeypatch.setattr(loader_module, "DOWN_S", 1)
+    forget()
+    on_disk, in_s3 = pair(kind, disk, bucket, tmp_path / "index")
+    (expected,) = global_batches(on_disk, 1, start=0, steps=1)
+    server.stop()
+    (loader,) = loaders_of(in_s3, 1)
+    with pytest.raises(DataFailed, match=r"^S3 failed 3 times in a row: .*see AWS_ENDPOINT_URL.* again\.$"):
+        next(loader.batches(0))
+    with pytest.raises(s3.StorageDown):
+        list(verify(in_s3, progress=False))
+    assert "Could not connect" in refusal(lambda: pair(kind, disk, bucket, tmp_path / "index"))
+    coming_back = threading.Timer(0.5, serve, [server.get_host_and_port()[1]])
+    coming_back.start()
+    (batches,) = read([loader], start=0, steps=1)
+    assert_same(batches, expected)
+    assert loader.bad == {}
+
+
+# Mistakes of users
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(ValueError) as refused:
+        call()
+    sentence = str(refused.value)
+    assert sentence.startswith("data.root=s3://") and "\n" not in sentence and sentence.endswith("."), sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("root", "shards", "folder"),
+    [
+        ("nowhere/x", "there is no such bucket (NoSuchBucket); correct its name or AWS_ENDPOINT_URL.", None),
+        ("/x", "that names no bucket; write s3://bucket/prefix.", None),
+        ("BUCKET/no", "matches no file: give the tar files, as in 's3://bucket/train-*.tar'.", "only 0 other files;"),
+    ],
+)
+def test_a_wrong_address_is_one_sentence(
+    root: str, shards: str, folder: str | None, bucket: str, tmp_path: Path
+) -> None:
+    root = "s3://" + root.replace("BUCKET", bucket)
+    assert shards in refusal(lambda: open_shards(root, tmp_path))
+    assert (folder or shards) in refusal(lambda: open_folder(root, tmp_path))
+
+
+def test_a_shard_that_may_not_be_read_is_one_sentence(changing: str, client: Any, tmp_path: Path) -> None:
+    forbid(client, changing, "shards/train-000001.tar")
+    sentence = refusal(lambda: open_shards(f"s3://{changing}/shards/*.tar", tmp_path))
+    assert f"*.tar: s3://{changing}/shards/train-000001.tar cannot be read (access is refused (403); take" in sentence
+
+
+def test_no_access_and_no_boto3_are_one_sentence(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget: Callable[[], None]
+) -> None:
+    def refused() -> list[str]:
+        forget()
+        calls = (lambda: open_shards(f"s3://{bucket}/*", tmp_path), lambda: open_folder(f"s3://{bucket}", tmp_path))
+        return [refusal(call).partition(" cannot be read: ")[2] for call in calls]
+
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    remedy = "no credentials are found; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+    assert refused() == [remedy, remedy]
+    monkeypatch.setitem(sys.modules, "botocore.exceptions", None)
+    remedy = "S3 takes boto3, which is missing; pip install 'mixmim_ds[s3]'."
+    assert refused() == [remedy, remedy]
+
+
+def test_the_command_looks_after_a_folder_in_s3(disk: Path, bucket: str, tmp_path: Path) -> None:
+    command = [sys.executable, "launch/index.py", f"s3://{bucket}/images/", "--verify", f"--index-dir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert open_index(disk / "images", tmp_path).fingerprint in lines[3]
+    assert lines[5] == "broken: broken.jpg (neither JPEG, PNG, WebP nor BMP)" and lines[6].startswith("41 files: 1 bro")
