@@ -214,8 +214,8 @@ def states(sizes: list[int], config: RunConfig, processes: int) -> States:
     if rules.stage == 2:
         buffers = 2 if rules.zero.overlap_comm else 1
         return States(width * total, summed, masters, moments, buffers * width * bucket + copies, 0)
-    # When the forward pass turns into the backward pass all weights lie gathered beside the share: this is so in every
-    # mode of checkpointing, and stage3_max_reuse_distance did not change it (tests/test_plan_run.py measures it).
+    # When the forward pass turns into the backward pass all weights lie gathered beside the shares. So it was seen on
+    # two processes, under checkpointing too, and with a stage3_max_reuse_distance of a quarter of the model.
     weights = width * (share + total)
     buckets = rules.communication_bytes * (bucket + min(bucket, total) * (processes + 1) // processes)
     if rules.offload:
