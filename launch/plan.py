@@ -27,7 +27,7 @@ def memory_table(done: Plan) -> list[str]:
         f"MEMORY of a GPU at {done.chosen.micro_batch} images, GiB (computed); what fits is within "
         f"{done.words.budget / GIB:.1f} ({HEADROOM:.0%} of the data sheet's memory stays free: assumed)",
         f"{'ds':7}{'checkpointing':15}{'weights':>9}{'gradients':>11}{'optimizer':>11}{'buckets':>9}"
-        f"{'activations':>13}{'peak':>8}  largest micro-batch that fits",
+        f"{'activations':>13}{'peak':>8}  largest micro-batch that fits and divides",
     ]
     return lines + [_memory_line(row, done) for row in done.rows]
 
@@ -74,7 +74,7 @@ def hours(seconds: float) -> str:
 def scaling_table(done: Plan) -> list[str]:
     """Strong and weak scaling over nodes; efficiency against one node, or the fewest that the batch divides on."""
     head = f"{'':8}{'GPUs':>6}{'batch':>8}{'micro-batch':>13}{'s/step':>9}{'img/s':>10}  efficiency"
-    lines = ["SCALING (computed)", head]
+    lines = ["SCALING (computed from the rate and links above)", head]
     for name, steps in (("strong", done.strong), ("weak", done.weak)):
         for step in steps:
             first = steps[0].images_per_s / steps[0].gpus

@@ -76,7 +76,7 @@ class Words:
     @property
     def machine(self) -> Machine:
         """What the arithmetic of time needs of it."""
-        return Machine(self.gpus_per_node, GPUS[self.gpu].nvlink_gbs, self.link_gbs, self.disk_gbs)
+        return Machine(self.gpus_per_node, GPUS[self.gpu].nvlink_gbs, self.link_gbs)
 
     @property
     def budget(self) -> float:

@@ -1,8 +1,9 @@
 """How long a step, a checkpoint and a run take: arithmetic on the model's FLOPs, a rate and bandwidths that are given.
 
 A step is computing, then waiting for what could not be sent meanwhile. Bytes are those that a GPU sends under ring
-algorithms, 2 (N - 1) / N of the size for an all-reduce, half of it for a reduce-scatter or an all-gather; latencies and
-the update itself (it reads the share of masters and moments once) are left out.
+algorithms, 2 (N - 1) / N of the size for an all-reduce, half of it for a reduce-scatter or an all-gather. Left out
+are latencies, the update itself (it reads the share of masters and moments once), small micro-batches that fill a GPU
+less, and the data path.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ class Machine:
     gpus_per_node: int
     nvlink_gbs: float  # GB/s that a GPU sends within a node
     link_gbs: float  # GB/s that a node sends to others, for each of its GPUs
-    disk_gbs: float  # GB/s that all GPUs together write
 
     def link(self, gpus: int) -> float:
         """Bytes per second that a GPU sends in rings over so many of them. NCCL lays as many rings as a node has links

@@ -228,7 +228,7 @@ def test_the_setting_taken_splits_and_recomputes_no_more_than_it_must() -> None:
 def test_time_is_the_arithmetic_it_says() -> None:
     assert seconds_per_image(10**9, "none", 1e12, 0.5) == pytest.approx(3 * 10**9 / 5e11)
     assert seconds_per_image(10**9, "full", 1e12, 0.5) == pytest.approx(4 * 10**9 / 5e11)
-    machine = Machine(gpus_per_node=4, nvlink_gbs=100, link_gbs=10, disk_gbs=1)
+    machine = Machine(gpus_per_node=4, nvlink_gbs=100, link_gbs=10)
     assert machine.link(4) == 100e9 and machine.link(8) == 40e9
     step = step_of(tiny(), 10**9, gpus=8, accumulation=2, image_s=0.01, machine=machine)
     sent = 7 / 8 * (2 * 4 + 2) * 1e9
