@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from mixmim_ds.config import RunConfig, load_config
-from mixmim_ds.models import build_model
+from mixmim_ds.models import build_model, groups
 from mixmim_ds.plan_memory import Ledger
 from mixmim_ds.train.checkpoint import Saver
 from mixmim_ds.train.distributed import World, connect, disconnect
@@ -74,6 +74,7 @@ def observe(config: RunConfig, world: World) -> None:
     torch.manual_seed(0)
     engine = build_engine(config, build_model(config.model), world)
     grid, size = engine.module.grid, config.model.img_size
+    groups.GROUPED_ON = ()  # as CUDA attends by default, and the planner counts
     at_start = held(engine)
     known = [tensor for tensors in at_start.values() for tensor in tensors]
     with Observer([*known, *engine.module.buffers()]) as observer, sdpa_kernel(SDPBackend.MATH):

@@ -10,6 +10,8 @@ from timm.layers.pos_embed_rel import gen_relative_position_index
 from torch import Tensor, nn
 
 from mixmim_ds.models.grids import Shape
+from mixmim_ds.models.grouped import grouped_attention
+from mixmim_ds.models.groups import Groups, Sequences
 from mixmim_ds.models.tables import resample_biases
 
 
@@ -63,25 +65,44 @@ class WindowAttention(nn.Module):
     def bias(self, windows: int, same_image: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What is added to the attention's logits, [G*K, N, N]: the position bias, -inf between two images."""
         tokens = self.window[0] * self.window[1]
-        bias = self.relative_position_bias_table.to(dtype)[self.relative_position_index.flatten()]
+        # Rounded to the dtype of the logits last, so that the gradient is summed over windows and pairs in fp32.
+        table = self.relative_position_bias_table
+        bias = table.to(torch.promote_types(table.dtype, torch.float32))[self.relative_position_index.flatten()]
         bias = bias.reshape(tokens, tokens, self.num_heads).permute(2, 0, 1).expand(windows, -1, -1, -1)
         if same_image is not None:
             bias = bias.masked_fill(~same_image[:, None], float("-inf"))
-        return bias.reshape(windows * self.num_heads, tokens, tokens)
+        return bias.to(dtype).reshape(windows * self.num_heads, tokens, tokens)
 
-    def forward(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
-        """x [B, H, W, C] -> [B, H, W, C]; same_image bool [G, N, N]: which pairs may attend, None = all."""
-        batch, height, width, dim = x.shape
+    def forward(self, x: Tensor, groups: Groups | None = None) -> Tensor:
+        """x [B, H, W, C] -> [B, H, W, C]; groups: who may attend to whom in a window, None = all to all."""
+        qkv = self.qkv(x)
+        sequences = None if groups is None else groups.sequences
+        if sequences is None:
+            x = self.attend(qkv, None if groups is None else groups.same_image)
+        else:
+            x = self.attend_in_sequences(qkv, sequences)
+        return self.proj_drop(self.proj(x))
+
+    @torch.jit.unused
+    def attend_in_sequences(self, qkv: Tensor, sequences: Sequences) -> Tensor:
+        """[B, H, W, 3C] -> [B, H, W, C], each sequence by itself."""
+        table, index = self.relative_position_bias_table, self.relative_position_index
+        x = grouped_attention(qkv.flatten(1, 2), table, index, sequences.order, sequences.places, sequences.sizes)
+        return x.unflatten(1, qkv.shape[1:3])
+
+    def attend(self, qkv: Tensor, same_image: Tensor | None) -> Tensor:
+        """[B, H, W, 3C] -> [B, H, W, C] by PyTorch's own attention, the plain way; same_image: bool [G, N, N]."""
+        batch, height, width, _ = qkv.shape
         win_h, win_w = self.window
         rows, columns = height // win_h, width // win_w
         heads, head_dim = self.num_heads, self.head_dim
         # The windows stand beside the heads, not in the batch: so one bias serves every image without being copied,
         # and cutting the windows costs the one copy that splitting the heads costs anyway.
-        qkv = self.qkv(x).reshape(batch, rows, win_h, columns, win_w, 3, heads, head_dim)
+        qkv = qkv.reshape(batch, rows, win_h, columns, win_w, 3, heads, head_dim)
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)
         q, k, v = qkv.reshape(3, batch, rows * columns * heads, win_h * win_w, head_dim).unbind(0)
         bias = self.bias(rows * columns, same_image, q.dtype)
         dropout = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         x = x.reshape(batch, rows, columns, heads, win_h, win_w, head_dim).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))
+        return x.reshape(batch, height, width, heads * head_dim)

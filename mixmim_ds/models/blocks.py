@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixmim_ds.models.attention import WindowAttention
 from mixmim_ds.models.grids import Shape
-from mixmim_ds.models.masking import pair_mask
+from mixmim_ds.models.groups import Groups, group_tokens
 from mixmim_ds.models.recompute import recompute
 
 
@@ -40,14 +40,14 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def residuals(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x), same_image))
+    def residuals(self, x: Tensor, groups: Groups | None = None) -> Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x), groups))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Tensor, same_image: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, groups: Groups | None = None) -> Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return recompute(self.residuals, self.selective, x, same_image)
-        return self.residuals(x, same_image)
+            return recompute(self.residuals, self.selective, x, groups)
+        return self.residuals(x, groups)
 
 
 class Stage(nn.Module):
@@ -72,15 +72,18 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.grid, self.window = dim, grid, window
+        self.attn_drop = rates.get("attn_drop", 0.0)
         self.downsample = PatchMerging(in_dim, dim) if in_dim != dim else nn.Identity()
         blocks = nn.ModuleList(Block(dim, num_heads, window, drop_path=rate, **rates) for rate in drop_path)
         self.blocks = cast(list[Block], blocks)  # a ModuleList forgets the type of what it holds
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.downsample(x)
-        same_image = None if mask is None else pair_mask(mask, self.grid, self.window)
+        groups = (
+            None if mask is None else group_tokens(mask, self.grid, self.window, self.training and self.attn_drop > 0)
+        )
         for block in self.blocks:
-            x = block(x, same_image)
+            x = block(x, groups)
         return x
 
     def set_grid(self, grid: Shape, window: Shape) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from mixmim_ds.models import grouped  # noqa: F401  it registers the operator that is named below
+
 _aten = torch.ops.aten
 # Matrix products and attention cost the time; norms, GELU, copies and additions cost the memory.
 _KEPT = {
@@ -19,6 +21,7 @@ _KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_attention_math.default,
+    torch.ops.mixmim_ds.grouped_attention.default,
 }
 
 

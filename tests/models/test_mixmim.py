@@ -186,7 +186,7 @@ def test_activation_checkpointing_changes_memory_not_numbers() -> None:
         assert torch.equal(costs[mode].loss, costs["none"].loss)
         assert all(map(torch.equal, costs[mode].gradients, costs["none"].gradients))
     assert costs["full"].bytes < 0.25 * costs["none"].bytes
-    assert costs["full"].flops > 1.3 * costs["none"].flops, "full recomputes all but the last product of a block"
+    assert costs["full"].flops > 1.25 * costs["none"].flops, "full recomputes all but the last product of a block"
     assert costs["selective"].flops == costs["none"].flops
     model.set_grad_checkpointing(False)
     assert Cost(model, images, mask).bytes == costs["none"].bytes

@@ -1,0 +1,63 @@
+"""Which tokens of a stage meet in attention, found once for all blocks of the stage.
+
+On a mixed input the tokens of a window stem from two images, and attend only to those of their own. Sorted by image
+they are two shorter sequences, which give the same result for half the work (METHOD: "a token only ever meets tokens
+of its own image"); where sequences of many lengths do not pay, a mask over the pairs of a window says it.
+
+Shapes: h x w grid of tokens of a stage, T = h * w, G windows of N tokens, S = 2 * G sequences.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixmim_ds.models.grids import Shape
+from mixmim_ds.models.masking import pair_mask, upsample
+
+# Where attention runs sequence by sequence (`grouped_attention`). On "cuda" that is the Triton kernel; it has been
+# tested in Triton's interpreter and not measured, so there the pairs are masked for PyTorch's fused kernels.
+GROUPED_ON = ("cpu",)
+
+
+class Sequences(NamedTuple):
+    """The tokens of a grid, one window after another, and within a window one image after the other.
+
+    All shapes are those of the grid, whatever the mask: nothing waits for a GPU to tell, nothing is compiled twice.
+    """
+
+    order: Tensor  # int64 [T]: token of the grid, row-major
+    places: Tensor  # int64 [T]: its place in its window, row-major
+    sizes: Tensor  # int64 [S]: tokens of each sequence, may be 0
+
+
+class Groups(NamedTuple):
+    """One of the two is given."""
+
+    sequences: Sequences | None
+    same_image: Tensor | None  # bool [G, N, N]: which pairs may attend
+
+
+@torch.jit.unused
+def group_tokens(mask: Tensor, grid: Shape, window: Shape, dropout: bool = False) -> Groups:
+    """The groups that a mask (bool [H/32, W/32]) makes on a grid cut into windows; `dropout` of weights is PyTorch's
+    kernels' alone."""
+    if dropout or mask.device.type not in GROUPED_ON:
+        return Groups(None, pair_mask(mask, grid, window))
+    return Groups(sort_tokens(mask, grid, window), None)
+
+
+def sort_tokens(mask: Tensor, grid: Shape, window: Shape) -> Sequences:
+    """The sequences that a mask (bool [H/32, W/32]) makes of the windows of a grid."""
+    tokens = torch.arange(grid[0] * grid[1], device=mask.device).reshape(grid)
+    masked = _windows(upsample(mask, grid[0], grid[1]), window)
+    places = masked.to(torch.uint8).argsort(dim=1, stable=True)
+    order = _windows(tokens, window).gather(1, places)
+    count = masked.sum(1)
+    return Sequences(order.flatten(), places.flatten(), torch.stack([masked.shape[1] - count, count], 1).flatten())
+
+
+def _windows(values: Tensor, window: Shape) -> Tensor:
+    """A grid [h, w] as [G, N]."""
+    rows, columns = values.shape[0] // window[0], values.shape[1] // window[1]
+    return values.reshape(rows, window[0], columns, window[1]).transpose(1, 2).reshape(rows * columns, -1)
