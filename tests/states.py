@@ -74,7 +74,7 @@ def observe(config: RunConfig, world: World) -> None:
     torch.manual_seed(0)
     engine = build_engine(config, build_model(config.model), world)
     grid, size = engine.module.grid, config.model.img_size
-    groups.GROUPED_ON = ()  # as CUDA attends by default, and the planner counts
+    groups.GROUPED_ON = set()  # as CUDA attends by default, and the planner counts
     at_start = held(engine)
     known = [tensor for tensors in at_start.values() for tensor in tensors]
     with Observer([*known, *engine.module.buffers()]) as observer, sdpa_kernel(SDPBackend.MATH):

@@ -123,7 +123,7 @@ def planned_and_real(precision: str, mode: str) -> tuple[MixMIM, MixMIM]:
 @pytest.fixture
 def masked_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU attends as CUDA does by default, and as the planner counts it: with the pairs of a window masked."""
-    monkeypatch.setattr(groups, "GROUPED_ON", ())
+    monkeypatch.setattr(groups, "GROUPED_ON", set())
 
 
 # In bf16 layer norms on the CPU keep their statistics in bf16, on the meta device and on CUDA in fp32.

@@ -9,6 +9,7 @@ window, S sequences of n tokens each (`groups.Sequences`).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 
 @torch.library.custom_op("mixmim_ds::grouped_attention", mutates_args=())
 def grouped_attention(
-    qkv: Tensor, table: Tensor, index: Tensor, order: Tensor, places: Tensor, sizes: Tensor
+    qkv: Tensor, table: Tensor, index: Tensor, columns: int, order: Tensor, places: Tensor, sizes: Tensor
 ) -> Tensor:
     """Attention of every token to the tokens of its sequence, [B, T, C] of qkv's dtype; arithmetic at least fp32.
 
@@ -24,6 +25,7 @@ def grouped_attention(
         qkv: [B, T, 3C], tokens as the grid has them; channels ordered (q, k, v), head, channel.
         table: [R, K], any float type: the bias of every offset.
         index: int64 [N, N], row of the table for a query's and a key's place in the window.
+        columns: of a window.
         order, places, sizes: of `groups.Sequences`.
     """
     heads = table.shape[1]
@@ -38,7 +40,7 @@ def grouped_attention(
 
 @torch.library.custom_op("mixmim_ds::grouped_attention_backward", mutates_args=())
 def grouped_attention_backward(
-    grad: Tensor, qkv: Tensor, table: Tensor, index: Tensor, order: Tensor, places: Tensor, sizes: Tensor
+    grad: Tensor, qkv: Tensor, table: Tensor, index: Tensor, columns: int, order: Tensor, places: Tensor, sizes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The gradients of qkv and table, in their dtypes, from that of the result [B, T, C]."""
     heads, batch = table.shape[1], len(qkv)
@@ -101,22 +103,24 @@ def _scale(q: Tensor) -> float:
 
 
 @grouped_attention.register_fake
-def _shape(qkv: Tensor, *args: Tensor) -> Tensor:
+def _shape(qkv: Tensor, *args: Any) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
 
 
 @grouped_attention_backward.register_fake
-def _shapes_backward(grad: Tensor, qkv: Tensor, table: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+def _shapes_backward(grad: Tensor, qkv: Tensor, table: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(qkv), torch.empty_like(table)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, table, index, ctx.columns, *sequences = inputs
+    ctx.save_for_backward(qkv, table, index, *sequences)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # type: ignore[attr-defined]
-    return *grouped_attention_backward(grad.contiguous(), *saved), None, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, table, index, *sequences = ctx.saved_tensors
+    of_qkv, of_table = grouped_attention_backward(grad.contiguous(), qkv, table, index, ctx.columns, *sequences)
+    return of_qkv, of_table, None, None, None, None, None
 
 
 grouped_attention.register_autograd(_backward, setup_context=_save)

@@ -15,9 +15,10 @@ from torch import Tensor
 from mixmim_ds.models.grids import Shape
 from mixmim_ds.models.masking import pair_mask, upsample
 
-# Where attention runs sequence by sequence (`grouped_attention`). On "cuda" that is the Triton kernel; it has been
-# tested in Triton's interpreter and not measured, so there the pairs are masked for PyTorch's fused kernels.
-GROUPED_ON = ("cpu",)
+# Types of devices where attention runs sequence by sequence (`grouped_attention`). `attention_triton.enable` adds
+# "cuda"; that kernel has been tested in Triton's interpreter and not measured, so by default PyTorch's fused kernels
+# serve there, with the pairs masked.
+GROUPED_ON = {"cpu"}
 
 
 class Sequences(NamedTuple):
