@@ -7,6 +7,7 @@ import reference
 import torch
 from torch import Tensor
 
+from mixmim_ds.benchmark.attention import sides
 from mixmim_ds.models import groups
 from mixmim_ds.models.attention import WindowAttention
 from mixmim_ds.models.masking import pair_mask
@@ -156,3 +157,22 @@ def test_sequences_hold_every_token_once_and_one_image_each() -> None:
         rows, columns = tokens // 28, tokens % 28
         assert torch.equal(inside, rows % 14 * 14 + columns % 14)
         assert (rows // 14 * 2 + columns // 14 == number // 2).all()
+
+
+def test_the_plain_way_of_the_benchmark_computes_the_same() -> None:
+    module, mask, x = layer(14, torch.float64), some_mask(7, 24), torch.randn(2, 28, 28, DIM, dtype=torch.float64)
+    ways = sides(module, (28, 28), mask)
+    for name in BACKENDS:
+        torch.testing.assert_close(ways[name](x), ways["plain"](x), rtol=0, atol=1e-12)
+
+
+def test_another_mask_is_no_reason_to_compile_again() -> None:
+    module, x = layer(14, torch.float32), torch.randn(1, 28, 28, DIM, requires_grad=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for masked in (24, 1, 49):
+            sequences = groups.sort_tokens(some_mask(7, masked), (28, 28), (14, 14))
+            out = compiled(x, groups.Groups(sequences, None))
+            out.sum().backward()
+            torch.testing.assert_close(out, module(x, groups.Groups(sequences, None)))
