@@ -90,7 +90,7 @@ def _open_store(rank: int, timeout_s: int) -> dist.Store:
 
 
 def _told(store: dist.Store, rank: int, size: int, name: str, say: Callable[[], str]) -> str:
-    """What rank 0 has to say, on every rank; if that ends the check, rank 0, which keeps the store, lets all hear it."""
+    """What rank 0 has to say, on every rank; if that ends the check, rank 0, which keeps the store, waits for them."""
     if rank:
         text = store.get(name).decode()
         store.add(f"{name} heard", 1)

@@ -19,31 +19,30 @@ class Job:
     run_dir: Path
     output: Path
 
-    def show(self, field: str) -> str:
-        """A field of `scontrol show job`."""
-        return self.cluster.run("scontrol", "show", "job", self.number).partition(f" {field}=")[2].split()[0]
+    def show(self, *fields: str) -> list[str]:
+        """Fields of `scontrol show job`, as they are at one moment."""
+        shown = self.cluster.run("scontrol", "show", "job", self.number)
+        return [shown.partition(f" {field}=")[2].split()[0] for field in fields]
 
     def update(self, setting: str) -> None:
         """`scontrol update`."""
         self.cluster.run("scontrol", "update", f"JobId={self.number}", setting)
 
-    def hurry(self) -> None:
-        """Takes away the two minutes that SLURM lets a job wait which is queued again."""
-        if (self.show("JobState"), self.show("Reason")) == ("PENDING", "BeginTime"):
-            begin = datetime.fromisoformat(self.show("StartTime"))
-            if begin - datetime.now() > timedelta(seconds=10):
-                # not at once: SLURM takes a start in the very second of the stop for the old one, and ends it
-                self.update("StartTime=now+3")
+    def hurry(self) -> str:
+        """Takes away the two minutes that SLURM lets a job wait which is queued again; the state."""
+        state, reason, begin = self.show("JobState", "Reason", "StartTime")
+        put_off = (state, reason) == ("PENDING", "BeginTime") and begin != "Unknown"
+        if put_off and datetime.fromisoformat(begin) - datetime.now() > timedelta(seconds=10):
+            # not at once: SLURM takes a start in the very second of the stop for the old one, and ends it
+            self.update("StartTime=now+3")
+        return state
 
     def end(self) -> str:
         """Waits for the end, however often it is queued again; the last state."""
 
-        def over() -> bool:
-            self.hurry()
-            return self.show("JobState") not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-
-        self.cluster.wait(over, f"the end of {self.output}", 300)
-        return self.show("JobState")
+        waiting = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+        self.cluster.wait(lambda: self.hurry() not in waiting, f"the end of {self.output}", 300)
+        return self.show("JobState")[0]
 
     def train(self, steps: int) -> None:
         """Waits until the run has reported so many steps."""
@@ -59,7 +58,7 @@ class Job:
 
         def back() -> bool:
             self.hurry()
-            return (self.show("Restarts"), self.show("JobState")) == (str(times), "RUNNING")
+            return self.show("Restarts", "JobState") == [str(times), "RUNNING"]
 
         self.cluster.wait(back, f"restart {times} of {self.output}", 120)
 

@@ -114,7 +114,7 @@ def test_a_mistake_is_one_sentence_and_no_loop(
     job = submit(cluster, tmp_path, *job_options, *overrides, **names)
     assert job.end() == "FAILED", job.log()
     (error,) = (line for line in job.log().splitlines() if line.startswith("error: "))
-    assert error.startswith(sentence) and job.show("ExitCode") == "2:0" and job.show("Restarts") == "0"
+    assert error.startswith(sentence) and job.show("ExitCode", "Restarts") == ["2:0", "0"]
 
 
 def test_a_wrong_partition_is_refused_at_once(cluster: Cluster) -> None:
@@ -130,5 +130,5 @@ def test_a_run_that_always_fails_is_not_queued_for_ever(
     prefix.chmod(0o755)
     job = submit(cluster, tmp_path, *job_options, MIXMIM_PREFIX=str(prefix), MIXMIM_MAX_STARTS="2")
     assert job.end() == "FAILED", job.log()
-    assert job.show("Restarts") == "1" and job.log().count("ended with code 1; the newest checkpoint is nothing") == 2
+    assert job.show("Restarts") == ["1"] and job.log().count("ended with code 1; the newest checkpoint is nothing") == 2
     assert "error: 2 starts of this job from nothing added no checkpoint" in job.log()
