@@ -99,7 +99,8 @@ note_start() {
     echo "$(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST from $(newest)" >>"$run_dir/starts.log"
 }
 
-# start [option of srun ...] python SCRIPT [key=value ...]: runs it on all tasks, in the background.
+# start [option of srun ...] python SCRIPT [key=value ...]: runs it on all tasks, in the background. Told how many cores a
+# task has, srun binds it to them where the cluster can (--cpu-bind), and our ranks start as many threads.
 start() {
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$tasks" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
         --distribution=block "${srun_options[@]}" "$@" &
@@ -148,7 +149,7 @@ end_job() {
     *) say "ended with code $code; the newest checkpoint is $(newest)" ;;
     esac
     (($(starts) < LIMIT)) || fail "$LIMIT starts of this job from $(newest) added no checkpoint; see $logs/.. and submit anew." 1
-    queued=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $queued == *pending* ]] || # by whoever stopped the job
-        say "cannot be queued again (${queued//$'\n'/ }); submit the same command to go on from $(newest)"
+    queued=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) ||
+        say "not queued again by itself (${queued//$'\n'/ }); if squeue does not show it, submit the same command"
     exit "$code"
 }
