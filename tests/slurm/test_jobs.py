@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_a_job_survives_whatever_happens_to_it(
     cluster.wait(lambda: job.log().count("asked to stop") > asked, "the early signal of the time limit", 60)
     job.kill_tasks(signal.SIGCONT)
     job.come_back(4)
+    job.update("TimeLimit=60")
 
     assert job.end() == "COMPLETED", job.log()
     assert numbers(job.run_dir) == numbers(straight / "run")
@@ -71,7 +73,7 @@ def test_an_array_is_several_runs_and_a_job_after_it_exports_one(
 ) -> None:
     seed = "train.seed=${oc.env:SLURM_ARRAY_TASK_ID}"
     job = submit(cluster, tmp_path, "--array=0-1", "--nodes=1", *job_options, "train.max_steps=2", seed)
-    convert = f"python launch/convert.py {job.run_dir}-1 {tmp_path}/exported"
+    convert = f"{sys.executable} launch/convert.py {job.run_dir}-1 {tmp_path}/exported"
     after = ["sbatch", f"--dependency=afterok:{job.number}", f"--output={tmp_path}/convert.log", "--wrap", convert]
     cluster.run(*after)
     cluster.wait(lambda: not cluster.run("squeue", "--noheader").strip(), "the end of all jobs", 200)

@@ -85,7 +85,7 @@ def test_fp32_is_plain_torch_to_six_digits(small_run: list[str], tmp_path: Path)
 
 def test_ten_and_ten_steps_are_twenty_to_the_last_digit(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=10")
+    tasks(*small_run, f"run_dir={broken}", "train.max_steps=10")
     printed = tasks(*small_run, f"run_dir={broken}", "train.max_steps=20")
     assert "step 11/20" in printed and "step 10/20" not in printed, "it goes on where it stopped"
     assert numbers(broken) == numbers(twenty)
