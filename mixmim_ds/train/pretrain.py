@@ -95,7 +95,7 @@ def _prepare(config: RunConfig, world: World) -> Run:
     train, turns = config.train, accumulation(config, world.size)
     torch.manual_seed(train.seed)
     model = build_model(config.model)
-    index = _find_images(config, world)
+    index = find_images(config, world)
     loader = open_loader(config, index, Share(world.rank, world.size, turns), world.device, share_of_cores())
     fingerprint = "synthetic" if index is None else index.fingerprint
     weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
@@ -141,7 +141,7 @@ def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSp
     return found.step, engine
 
 
-def _find_images(config: RunConfig, world: World) -> Images | None:
+def find_images(config: RunConfig, world: World) -> Images | None:
     """The index of `data.root`, made by the first rank if need be and memory-mapped by the others after it."""
     if config.data.kind == "synthetic":
         return None
