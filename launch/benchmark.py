@@ -14,6 +14,7 @@ from mixmim_ds.train.distributed import RunFailed, rank_before_connecting
 # Each is a module of mixmim_ds/benchmark with add_options(parser) and measure(arguments) -> Measured.
 SUBCOMMANDS = {
     "train": "the training step: img/s, MFU, memory, and where the time goes; also against the plain method",
+    "loader": "DALI alone, in turn with torchvision's DataLoader on the same images; data.root=DIR",
 }
 
 
