@@ -33,7 +33,7 @@ Tensors = Generator[Tensor, None, None]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `loader` knows beside the run's own options."""
-    parser.add_argument("--threads", type=int, nargs="+", help="or workers (default: 1 and all cores)")
+    parser.add_argument("--threads", metavar="N,N", help="numbers of threads or workers (default: 1 and all cores)")
     parser.add_argument("--batches", type=int, default=20, help="micro-batches that are timed (default: 20)")
 
 
@@ -70,9 +70,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         ValueError: the options do not go together.
     """
     config = run_options(arguments.words, {"train.micro_batch": 64})
-    threads = arguments.threads or sorted({1, share_of_cores()})
-    if min(threads) < 1:
-        raise ValueError("--threads must be at least 1.")
+    threads = thread_numbers(arguments.threads)
     if arguments.batches < 1:
         raise ValueError("--batches must be at least 1.")
     world = connect(config.train.start_timeout_s)
@@ -93,6 +91,16 @@ def measure(arguments: argparse.Namespace) -> Measured:
         return Measured(_said(numbers), numbers)
     finally:
         disconnect()
+
+
+def thread_numbers(given: str | None) -> list[int]:
+    """1,2,4 as a list; without it one and all of this process's cores. ValueError if it is something else."""
+    if given is None:
+        return sorted({1, share_of_cores()})
+    words = given.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"--threads={given} must be positive whole numbers with commas between them.")
+    return [int(word) for word in words]
 
 
 def dali(config: RunConfig, index: Images, world: World, threads: int) -> Tensors:

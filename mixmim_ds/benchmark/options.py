@@ -19,7 +19,7 @@ def run_options(words: list[str], defaults: Mapping[str, Any]) -> RunConfig:
         given.add("data")  # real images are asked for, as folder unless said otherwise
     own = [f"{name}={value}" for name, value in ({"run_dir": "UNUSED"} | dict(defaults)).items() if name not in given]
     words = [*own, *words]
-    if "train.global_batch" not in given:
+    if "train.global_batch" not in given | set(defaults):
         sizes = [word.partition("=")[2] for word in words if word.startswith("train.micro_batch=")]
         processes = int(os.environ.get("WORLD_SIZE", 1))
         size = int(sizes[-1]) if sizes and sizes[-1].isdecimal() else 128

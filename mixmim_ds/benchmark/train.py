@@ -71,10 +71,12 @@ def measure(arguments: argparse.Namespace) -> Measured:
         builds: dict[str, Build] = BUILDS if arguments.against else {"ours": engine}
         largest = {}
         if arguments.find_micro_batch:
-            largest = {name: largest_micro_batch(config, partial(_try, build, world)) for name, build in builds.items()}
-            config = with_micro_batch(config, min(largest.values()))
+            alone = {name: [build] for name, build in builds.items()}
+            tried = alone | ({"together": list(builds.values())} if arguments.against else {})
+            largest = {name: largest_micro_batch(config, partial(attempt, some, world)) for name, some in tried.items()}
+            config = with_micro_batch(config, list(largest.values())[-1])
         numbers, tables = _time(arguments, config, world, builds)
-        numbers |= {f"largest_micro_batch_{name}": size for name, size in largest.items()}
+        numbers["largest_micro_batch"] = largest
         return Measured(_said(numbers), numbers, tables)
     finally:
         disconnect()
@@ -82,12 +84,14 @@ def measure(arguments: argparse.Namespace) -> Measured:
 
 def _check(arguments: argparse.Namespace, config: RunConfig, world: World) -> None:
     turns = accumulation(config, world.size)
-    if arguments.find_micro_batch and world.device.type != "cuda":
-        raise ValueError("--find-micro-batch needs a GPU: a process that takes all of the host's memory is killed.")
-    if arguments.find_micro_batch and world.size > 1:
-        raise ValueError("--find-micro-batch works in one process: one that runs out of memory leaves others waiting.")
-    if arguments.find_micro_batch and any(word.startswith("train.micro_batch=") for word in arguments.words):
-        raise ValueError("--find-micro-batch has no effect with train.micro_batch; leave one of them out.")
+    if arguments.find_micro_batch:
+        given = next((word for word in arguments.words if word.startswith(("train.micro_b", "train.global_b"))), None)
+        if given:
+            raise ValueError(f"--find-micro-batch would not heed {given}; leave one of them out.")
+        if world.device.type != "cuda":
+            raise ValueError("--find-micro-batch needs a GPU: a process that takes all of the host's memory is killed.")
+        if world.size > 1:
+            raise ValueError("--find-micro-batch works in one process: one without memory would leave others waiting.")
     if arguments.against and (world.size > 1 or turns > 1):
         raise ValueError(
             "--against reference compares steps of one micro-batch in one process; leave train.global_batch out and "
@@ -95,21 +99,24 @@ def _check(arguments: argparse.Namespace, config: RunConfig, world: World) -> No
         )
 
 
-def _batches(config: RunConfig, world: World) -> Iterator[MicroBatch]:
+def micro_batches(config: RunConfig, world: World) -> Iterator[MicroBatch]:
+    """This rank's, from step 0 on."""
     share = Share(world.rank, world.size, accumulation(config, world.size))
     return open_loader(config, find_images(config, world), share, world.device, share_of_cores()).batches(0)
 
 
-def _try(build: Build, world: World, config: RunConfig) -> None:
-    """Two steps: the second holds the optimizer's state beside the activations."""
-    time_steps(build(config, world), _batches(config, world), 1, 2, world.device)
+def attempt(builds: list[Build], world: World, config: RunConfig) -> None:
+    """Two steps of each, with all of them held: the second step has the optimizer's state beside the activations."""
+    batches = micro_batches(config, world)
+    for side in [build(config, world) for build in builds]:
+        time_steps(side, batches, 1, 2, world.device)
 
 
 def _time(
     arguments: argparse.Namespace, config: RunConfig, world: World, builds: dict[str, Build]
 ) -> tuple[dict[str, Any], list[str]]:
     """The numbers and the tables of operators."""
-    turns, steps, batches = accumulation(config, world.size), STEPS[world.device.type], _batches(config, world)
+    turns, steps, batches = accumulation(config, world.size), STEPS[world.device.type], micro_batches(config, world)
     flops = build_model(config.model).flops_per_image()
     sides = {name: build(config, world) for name, build in builds.items()}
     numbers = _describe(config, world, turns) | {"repeats": arguments.repeats, "steps_per_repeat": steps}
@@ -174,7 +181,10 @@ def _said(numbers: dict[str, Any]) -> str:
     sent = "communication: none, one process"
     if numbers["processes"] > 1:
         sent = f"communication {numbers['communication_s']:.3f} s a step, within backward and optimizer"
-    parts += [sent, f"memory {numbers['memory_gib']:.1f} GiB", f"micro-batch {numbers['micro_batch']}"]
+    parts += [sent, f"memory of the process {numbers['memory_gib']:.1f} GiB", f"micro-batch {numbers['micro_batch']}"]
+    if numbers["largest_micro_batch"]:
+        sizes = (f"{name.replace('_', ' ')} {size}" for name, size in numbers["largest_micro_batch"].items())
+        parts.append(f"largest that fits: {', '.join(sizes)}")
     if "ratio" in numbers:
         parts.append(
             f"plain / ours {numbers['ratio']:.2f}, without data and optimizer {numbers['ratio_forward_backward']:.2f}; "

@@ -121,14 +121,14 @@ def _prepare(config: RunConfig, world: World) -> Run:
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = model.flops_per_image()  # before ZeRO-3 takes the weights apart
-    start, engine = _resume(config, model, world)
+    start, engine = resume(config, model, world)
     bad_images = BadImages(config, world, index, loader.bad)
     if weights:
         log.info("starting anew from the weights of %s", weights)
     return Run(config, world, lock, index, loader, bad_images, engine, schedule, turns, start, last, flops)
 
 
-def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
+def resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
     """The engine, in the state of the run folder's newest whole checkpoint if it has one, and the steps done."""
     found = checkpoint.find(config, world)
     if found is None:
