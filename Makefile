@@ -29,7 +29,7 @@ test: setup
 test-all: setup
 	$(PYTEST) -m ""
 
-# The CPU table of BENCHMARKS.md, in under ten minutes on two cores; each command's own output is in bench/.
+# The CPU table of BENCHMARKS.md, sized for under ten minutes on two idle cores; each command's own output is in bench/.
 BENCH := $(BIN)/python launch/benchmark.py
 
 bench: setup

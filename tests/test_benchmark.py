@@ -101,6 +101,7 @@ def test_loader_compares_with_torchvision(photographs: Path) -> None:
     assert found["images"] == 300
 
 
+@pytest.mark.slow
 def test_checkpoint_and_convert_leave_nothing(tmp_path: Path) -> None:
     saved = bench("checkpoint", *TINY, "--repeats=1", "--warmup=0", f"run_dir={tmp_path}")
     assert saved["bytes"] > 12 * 1.8e6 and saved["save_s"] > 0 and saved["resume_s"] > 0
