@@ -162,7 +162,7 @@ def test_running_out_of_memory_ends_the_search() -> None:
 
 GPU = pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="no GPU: would find the largest micro-batch in a tenth of the memory, and hold that the phases of a step, "
+    reason="no GPU: would find the largest micro-batch of the base model, and hold that the phases of a step, "
     "as CUDA events tell them, add up to its time by the host's clock",
 )
 
@@ -170,18 +170,12 @@ GPU = pytest.mark.skipif(
 @pytest.mark.gpu
 @GPU
 def test_the_largest_micro_batch_of_a_gpu() -> None:
-    config = load_config(["run_dir=DIR", "data=synthetic", "model=tiny", "train.global_batch=128"])
-    world = connect(300)
-    torch.cuda.set_per_process_memory_fraction(0.1)
-    try:
-        step = partial(train.attempt, [train.engine], world)
-        size = largest_micro_batch(config, step)
-        step(with_micro_batch(config, size))  # once more: nothing of those that failed is left
-        with pytest.raises(torch.OutOfMemoryError):
-            step(with_micro_batch(config, 2 * size))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        disconnect()
+    config = load_config(["run_dir=DIR", "data=synthetic", "model=base"])
+    step = partial(train.attempt, [train.engine])
+    size = largest_micro_batch(config, step)
+    step(with_micro_batch(config, size))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(with_micro_batch(config, 2 * size))
 
 
 @pytest.mark.gpu

@@ -1,6 +1,5 @@
 """The largest micro-batch that a GPU's memory takes, found by trying."""
 
-import gc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -21,8 +20,7 @@ def largest_micro_batch(config: RunConfig, step: Callable[[RunConfig], object]) 
     """The largest even micro-batch of which `step` runs without torch.OutOfMemoryError.
 
     Args:
-        step: makes everything anew and does whole training steps: one that ran out of memory leaves nothing behind
-            that could be used again, and the optimizer's state comes with the first update.
+        step: makes everything anew and does whole training steps, and leaves nothing of it behind.
 
     Raises:
         ValueError: not even two images fit.
@@ -33,8 +31,6 @@ def largest_micro_batch(config: RunConfig, step: Callable[[RunConfig], object]) 
         with suppress(torch.OutOfMemoryError):
             step(with_micro_batch(config, size))
             done = True
-        gc.collect()
-        torch.cuda.empty_cache()
         return done
 
     size = largest_even(fits, LIMIT)

@@ -1,8 +1,11 @@
 """The hot loop: a whole training step of the project's engine, alone or in turn with the plain method."""
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -17,12 +20,13 @@ from mixmim_ds.benchmark.timing import in_turn, medians, spread
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.models import MixMIM, build_model
-from mixmim_ds.train.distributed import World, connect, disconnect, share_of_cores
+from mixmim_ds.train.distributed import RunFailed, World, connect, disconnect, share_of_cores
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.metrics import memory_gib, peak_flops
 from mixmim_ds.train.pretrain import find_images
 
 STEPS = {"cuda": 10, "cpu": 1}  # of a repeat: on a GPU the host runs ahead, which a single step would not show
+OUT_OF_MEMORY = 3  # exit code of a trial
 Build = Callable[[RunConfig, World], Side]
 Row = dict[str, float]
 
@@ -73,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         if arguments.find_micro_batch:
             alone = {name: [build] for name, build in builds.items()}
             tried = alone | ({"together": list(builds.values())} if arguments.against else {})
-            largest = {name: largest_micro_batch(config, partial(attempt, some, world)) for name, some in tried.items()}
+            largest = {name: largest_micro_batch(config, partial(attempt, some)) for name, some in tried.items()}
             config = with_micro_batch(config, list(largest.values())[-1])
         numbers, tables = _time(arguments, config, world, builds)
         numbers["largest_micro_batch"] = largest
@@ -105,11 +109,35 @@ def micro_batches(config: RunConfig, world: World) -> Iterator[MicroBatch]:
     return open_loader(config, find_images(config, world), share, world.device, share_of_cores()).batches(0)
 
 
-def attempt(builds: list[Build], world: World, config: RunConfig) -> None:
-    """Two steps of each, with all of them held: the second step has the optimizer's state beside the activations."""
-    batches = micro_batches(config, world)
-    for side in [build(config, world) for build in builds]:
-        time_steps(side, batches, 1, 2, world.device)
+def attempt(builds: list[Build], config: RunConfig) -> None:
+    """Two steps of each, with all of them held: the second step has the optimizer's state beside the activations.
+
+    In a process of its own, for an engine of DeepSpeed's is never freed in the one that made it.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU's memory does not suffice.
+        RunFailed: it failed otherwise.
+    """
+    process = get_context("spawn").Process(target=_attempt, args=(builds, config))
+    process.start()
+    process.join()
+    if process.exitcode == OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError
+    if process.exitcode:
+        raise RunFailed(f"a trial of train.micro_batch={config.train.micro_batch} failed, as told above.")
+
+
+def _attempt(builds: list[Build], config: RunConfig) -> None:
+    os.environ.pop("RANK", None)  # it is no rank of its parent's run
+    world = connect(config.train.start_timeout_s)
+    try:
+        batches = micro_batches(config, world)
+        for side in [build(config, world) for build in builds]:
+            time_steps(side, batches, 1, 2, world.device)
+    except torch.OutOfMemoryError:
+        sys.exit(OUT_OF_MEMORY)
+    finally:
+        disconnect()
 
 
 def _time(
