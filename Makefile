@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 # A test file's worth of imports keeps one core busy, so a worker per core; four start processes enough of their own.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-all bench lint format clean
+.PHONY: setup demo cluster test test-all bench lint format clean
 
 setup: $(INSTALLED)
 
@@ -23,10 +23,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python launch/demo.py demo
 
-test: setup
+# SLURM for the tests marked slurm; where it cannot be installed they are skipped and say so.
+cluster:
+	@sh tests/slurm/install.sh
+
+test: setup cluster
 	$(PYTEST)
 
-test-all: setup
+test-all: setup cluster
 	$(PYTEST) -m ""
 
 # The CPU table of BENCHMARKS.md, sized for under ten minutes on two idle cores; each command's own output is in bench/.

@@ -57,7 +57,7 @@ def small_run(photographs: Path) -> list[str]:
 def stage_run(small_run: list[str], shared: Shared) -> Callable[[str, str], Path]:
     """The folder of a run of four steps on two processes, for a file of ds_configs/ and a precision.
 
-    Its live.pt holds the weights at the end as the live engine had them (tests/live.py).
+    Its live.pt holds the weights at the end as the live engine had them, its ids.jsonl the images (tests/live.py).
     """
 
     def get(ds: str, precision: str) -> Path:

@@ -13,8 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.loader import Loader, Share, open_loader
 from mixmim_ds.data.quarantine import DataFailed
-from mixmim_ds.data.s3_folder import open_folder
-from mixmim_ds.data.shards import Images, open_shards
+from mixmim_ds.data.shards import Images, open_images
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.bad_images import BadImages
@@ -143,17 +142,8 @@ def resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpe
 
 def find_images(config: RunConfig, world: World) -> Images | None:
     """The index of `data.root`, made by the first rank if need be and memory-mapped by the others after it."""
-    if config.data.kind == "synthetic":
-        return None
-    root, index_dir = config.data.root or "", Path(config.data.index_dir).expanduser()
-
-    def find(progress: bool) -> Images:
-        if config.data.kind == "shards":
-            return open_shards(root, index_dir, progress)
-        return open_folder(root, index_dir, progress)
-
-    on_first_rank(world, lambda: bool(find(progress=True)))
-    return find(progress=False)
+    on_first_rank(world, lambda: open_images(config.data, progress=True) is not None)
+    return open_images(config.data)
 
 
 def _train(run: Run, stop: StopRequest) -> int:
