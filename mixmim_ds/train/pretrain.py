@@ -94,7 +94,7 @@ def _prepare(config: RunConfig, world: World) -> Run:
     train, turns = config.train, accumulation(config, world.size)
     torch.manual_seed(train.seed)
     model = build_model(config.model)
-    index = _find_images(config, world)
+    index = find_images(config, world)
     loader = open_loader(config, index, Share(world.rank, world.size, turns), world.device, share_of_cores())
     fingerprint = "synthetic" if index is None else index.fingerprint
     weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
@@ -120,14 +120,14 @@ def _prepare(config: RunConfig, world: World) -> Run:
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = model.flops_per_image()  # before ZeRO-3 takes the weights apart
-    start, engine = _resume(config, model, world)
+    start, engine = resume(config, model, world)
     bad_images = BadImages(config, world, index, loader.bad)
     if weights:
         log.info("starting anew from the weights of %s", weights)
     return Run(config, world, lock, index, loader, bad_images, engine, schedule, turns, start, last, flops)
 
 
-def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
+def resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
     """The engine, in the state of the run folder's newest whole checkpoint if it has one, and the steps done."""
     found = checkpoint.find(config, world)
     if found is None:
@@ -140,7 +140,7 @@ def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSp
     return found.step, engine
 
 
-def _find_images(config: RunConfig, world: World) -> Images | None:
+def find_images(config: RunConfig, world: World) -> Images | None:
     """The index of `data.root`, made by the first rank if need be and memory-mapped by the others after it."""
     on_first_rank(world, lambda: open_images(config.data, progress=True) is not None)
     return open_images(config.data)
