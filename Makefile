@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 # A test file's worth of imports keeps one core busy, so a worker per core; four start processes enough of their own.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-all lint format clean
+.PHONY: setup demo cluster test test-all bench lint format clean
 
 setup: $(INSTALLED)
 
@@ -23,11 +23,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python launch/demo.py demo
 
-test: setup
+# SLURM for the tests marked slurm; where it cannot be installed they are skipped and say so.
+cluster:
+	@sh tests/slurm/install.sh
+
+test: setup cluster
 	$(PYTEST)
 
-test-all: setup
+test-all: setup cluster
 	$(PYTEST) -m ""
+
+# The CPU table of BENCHMARKS.md, sized for under ten minutes on two idle cores; each command's own output is in bench/.
+BENCH := $(BIN)/python launch/benchmark.py
+
+bench: setup
+	$(BIN)/python launch/photographs.py bench/photographs
+	$(BENCH) train model=base train.micro_batch=4 precision=fp32 --against reference --profile --warmup 1 > bench/train.log
+	$(BENCH) loader data.root=bench/photographs --repeats 3 --warmup 1 > bench/loader.log
+	$(BENCH) checkpoint model=base precision=fp32 --repeats 3 --warmup 1 > bench/checkpoint.log
+	$(BENCH) convert model=base precision=fp32 --repeats 3 --warmup 1 > bench/convert.log
+	@grep -hE '^\| (command|---) ' bench/train.log
+	@grep -h '^| `python ' bench/train.log bench/loader.log bench/checkpoint.log bench/convert.log
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,4 +55,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo bench build *.egg-info .pytest_cache .mypy_cache .ruff_cache

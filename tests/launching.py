@@ -1,6 +1,5 @@
 """Starts runs as a user types them, and reads what they leave behind."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -10,15 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mixmim_ds.train.pretrain"])
+FORKS.set_forkserver_preload(["mixmim_ds.train.pretrain", "mixmim_ds.export.to_timm", "mixmim_ds.plan_run"])
 
 
 def free_port() -> int:
@@ -89,35 +87,57 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
 def tasks(*overrides: str, processes: int = 2, code: int = 0, script: str = "launch/pretrain.py") -> str:
     """Runs the ranks of a job without a launcher; as srun starts them, each finds in its environment who it is.
 
-    Launchers and imports take most of a short run's time, so the ranks are forked from a process that has done the
-    imports. Expects the exit code of all and returns what all printed.
+    Launchers and imports take most of a short run's time, and here there are none. Expects the exit code of all and
+    returns what all printed.
     """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.NamedTemporaryFile("r") as printed:
         started = []
         for rank in range(processes):
             who = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            names = environment() | place | {name: str(value) for name, value in who.items()}
-            started.append(FORKS.Process(target=_task, args=([script, *overrides], names, printed.name)))
-            started[-1].start()
-        for process in started:
-            process.join(timeout=300)
-        codes = {process.exitcode for process in started}
+            names = place | {name: str(value) for name, value in who.items()}
+            started.append(_fork([script, *overrides], names, printed.name, printed.name))
+        codes = {_exit_code(process, 300) for process in started}
         text = printed.read()
     assert codes == {code}, f"exit codes {codes}: {text}"
     return text
 
 
-def _task(words: list[str], names: dict[str, str], printed: str) -> None:
+def typed(*words: object) -> subprocess.CompletedProcess[str]:
+    """Runs a script to its end in a process of its own, without its imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        process = _fork(list(map(str, words)), {}, *map(str, files))
+        code = _exit_code(process, 120)
+        texts = [file.read_text(errors="surrogateescape") for file in files]
+    return subprocess.CompletedProcess(words, code, *texts)
+
+
+def _fork(words: list[str], names: dict[str, str], stdout: str, stderr: str) -> BaseProcess:
+    """Starts a script in a process forked from one that has done the imports."""
+    process = FORKS.Process(target=_become, args=(words, environment() | names, stdout, stderr))
+    process.start()
+    return process
+
+
+def _become(words: list[str], names: dict[str, str], stdout: str, stderr: str) -> None:
     """Turns this process into that of a command line."""
-    output = os.open(printed, os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ |= names
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+def _exit_code(process: BaseProcess, timeout_s: int) -> int | None:
+    process.join(timeout_s)
+    if process.exitcode is None:
+        process.kill()
+    return process.exitcode
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -131,15 +151,9 @@ def numbers(run_dir: Path) -> list[tuple[int, float, float, float]]:
 
 
 def convert(*arguments: object) -> tuple[int, str]:
-    """Runs launch/convert.py, here: it is quick, and the imports of a new process are not. Exit code and messages."""
-    messages = io.StringIO()
-    words = ["launch/convert.py", *map(str, arguments)]
-    with redirect_stdout(io.StringIO()), redirect_stderr(messages), mock.patch.object(sys, "argv", words):
-        try:
-            runpy.run_path(str(ROOT / "launch/convert.py"), run_name="__main__")
-        except SystemExit as end:
-            return int(end.code or 0), messages.getvalue()
-    return 0, messages.getvalue()
+    """Runs launch/convert.py; exit code and messages."""
+    done = typed("launch/convert.py", *arguments)
+    return done.returncode, done.stderr
 
 
 def converted(*arguments: object) -> Path:

@@ -14,26 +14,40 @@ DOCUMENTS = sorted(ROOT.glob("*.md")) + [ROOT / "ds_configs" / "README.md"]
 
 
 def commands() -> list[list[str]]:
-    """The command lines in README's and BENCHMARKS' fenced blocks, comments left out, continued lines joined."""
+    """The command lines in the documents' fenced blocks, comments left out, continued lines joined."""
     text = "\n".join(path.read_text() for path in DOCUMENTS)
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in blocks if not language for line in block.replace("\\\n", " ").splitlines()]
     return [shlex.split(line, comments=True) for line in lines if "launch/" in line]
 
 
 def overrides_of(command: list[str]) -> list[str]:
-    return [word for word in command if "=" in word and not word.startswith("--")]
+    """The run's options, which stand behind the script; a job adds its recipe and run folder."""
+    (place,) = (i for i, word in enumerate(command) if word.startswith("launch/"))
+    script = command[place]
+    words = [word for word in command[place + 1 :] if word != "..."]
+    if script.endswith(".slurm"):
+        words += [f"+experiment={script.removeprefix('launch/').removesuffix('.slurm')}", "run_dir=runs/JOB"]
+    return words
 
 
-PRETRAINING = [command for command in commands() if "launch/pretrain.py" in command]
+PRETRAINING = [command for command in commands() if any(re.match(r"launch/(pretrain|mixmim_.)\.", w) for w in command)]
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(PRETRAINING) >= 3
+    assert len(PRETRAINING) >= 10
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_scripts_exist(command: list[str]) -> None:
+    for word in " ".join(command).split():
+        if word.startswith("launch/"):
+            assert (ROOT / word).exists(), word
 
 
 @pytest.mark.parametrize("command", PRETRAINING, ids=" ".join)
-def test_pretraining_commands_compose(command: list[str]) -> None:
+def test_pretraining_commands_compose(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     needed = [] if any("data" in word for word in overrides_of(command)) else ["data.root=DIR"]
     config = load_config([*overrides_of(command), *needed])
     assert config.run_dir

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, run, tasks
+from launching import ROOT, tasks
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -269,7 +269,7 @@ def test_a_mistake_is_one_sentence(word: str) -> None:
 
 
 def planned_by(*words: str, code: int = 0) -> str:
-    return run("python", *words, processes=1, code=code, script="launch/plan.py")
+    return tasks(*words, processes=1, code=code, script="launch/plan.py")
 
 
 @pytest.mark.slow

@@ -19,10 +19,11 @@ from typing import IO, ClassVar
 import numpy as np
 from tqdm import tqdm
 
+from mixmim_ds.config import DataConfig
 from mixmim_ds.data import s3
 from mixmim_ds.data.index import Index, Source
 from mixmim_ds.data.pattern import find_shards
-from mixmim_ds.data.s3_folder import S3Index
+from mixmim_ds.data.s3_folder import S3Index, open_folder
 from mixmim_ds.data.scan import EXTENSIONS, threads
 from mixmim_ds.data.spans import SpanReader
 from mixmim_ds.data.storage import Store, Stored, place_of, release
@@ -65,6 +66,16 @@ class ShardIndex:
 
 
 Images = Index | S3Index | ShardIndex  # three kinds of storage, one contract
+
+
+def open_images(data: DataConfig, progress: bool = False) -> Images | None:
+    """The index of `data.root`, folder or shards; None for synthetic images. See `open_folder` and `open_shards`."""
+    root, index_dir = data.root or "", Path(data.index_dir).expanduser()
+    if data.kind == "synthetic":
+        return None
+    if data.kind == "shards":
+        return open_shards(root, index_dir, progress)
+    return open_folder(root, index_dir, progress)
 
 
 def open_shards(pattern: str, index_dir: Path, progress: bool = False) -> ShardIndex:

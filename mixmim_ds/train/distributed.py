@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
+from mixmim_ds.train.slurm import adopt
+
 try:
     from torch.distributed import set_timeout
 except ImportError:  # torch before it became public
@@ -53,15 +55,17 @@ class World:
 
 def rank_before_connecting() -> int:
     """This process's rank as its launcher announced it; 0 for a single process."""
+    adopt()
     return int(os.environ.get("RANK", 0))
 
 
 def connect(timeout_s: int) -> World:
-    """Meets the other processes, as started by `deepspeed`, `torchrun`, or alone.
+    """Meets the other processes, as started by `deepspeed`, `torchrun`, `srun`, or alone.
 
     Args:
         timeout_s: seconds that a collective may take; `shorten_timeout` changes it once training runs.
     """
+    adopt()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -76,7 +80,7 @@ def connect(timeout_s: int) -> World:
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"{local_rank + 1} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
-            "start one per GPU (deepspeed --num_gpus N)."
+            "start one per GPU (deepspeed --num_gpus N, srun --ntasks-per-node=N)."
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -92,7 +96,9 @@ def connect(timeout_s: int) -> World:
 def share_of_cores() -> int:
     """This process's part of the cores that the job may use on this node."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // local)
+    cores = len(os.sched_getaffinity(0))
+    # srun may leave a task unbound, with all cores of the node in sight
+    return max(1, min(cores // local, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))
 
 
 def shorten_timeout(timeout_s: int) -> None:

@@ -13,8 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.loader import Loader, Share, open_loader
 from mixmim_ds.data.quarantine import DataFailed
-from mixmim_ds.data.s3_folder import open_folder
-from mixmim_ds.data.shards import Images, open_shards
+from mixmim_ds.data.shards import Images, open_images
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.bad_images import BadImages
@@ -95,7 +94,7 @@ def _prepare(config: RunConfig, world: World) -> Run:
     train, turns = config.train, accumulation(config, world.size)
     torch.manual_seed(train.seed)
     model = build_model(config.model)
-    index = _find_images(config, world)
+    index = find_images(config, world)
     loader = open_loader(config, index, Share(world.rank, world.size, turns), world.device, share_of_cores())
     fingerprint = "synthetic" if index is None else index.fingerprint
     weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
@@ -121,14 +120,14 @@ def _prepare(config: RunConfig, world: World) -> Run:
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = model.flops_per_image()  # before ZeRO-3 takes the weights apart
-    start, engine = _resume(config, model, world)
+    start, engine = resume(config, model, world)
     bad_images = BadImages(config, world, index, loader.bad)
     if weights:
         log.info("starting anew from the weights of %s", weights)
     return Run(config, world, lock, index, loader, bad_images, engine, schedule, turns, start, last, flops)
 
 
-def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
+def resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSpeedEngine]:
     """The engine, in the state of the run folder's newest whole checkpoint if it has one, and the steps done."""
     found = checkpoint.find(config, world)
     if found is None:
@@ -141,19 +140,10 @@ def _resume(config: RunConfig, model: MixMIM, world: World) -> tuple[int, DeepSp
     return found.step, engine
 
 
-def _find_images(config: RunConfig, world: World) -> Images | None:
+def find_images(config: RunConfig, world: World) -> Images | None:
     """The index of `data.root`, made by the first rank if need be and memory-mapped by the others after it."""
-    if config.data.kind == "synthetic":
-        return None
-    root, index_dir = config.data.root or "", Path(config.data.index_dir).expanduser()
-
-    def find(progress: bool) -> Images:
-        if config.data.kind == "shards":
-            return open_shards(root, index_dir, progress)
-        return open_folder(root, index_dir, progress)
-
-    on_first_rank(world, lambda: bool(find(progress=True)))
-    return find(progress=False)
+    on_first_rank(world, lambda: open_images(config.data, progress=True) is not None)
+    return open_images(config.data)
 
 
 def _train(run: Run, stop: StopRequest) -> int:

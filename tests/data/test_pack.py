@@ -3,11 +3,10 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT
+from launching import typed
 from tars import members_of, picture
 
 from mixmim_ds.data.index import Index, open_index
@@ -103,8 +102,7 @@ def test_nothing_is_left_of_a_packing_that_fails(root: Path, tmp_path: Path) -> 
 
 def test_the_command_packs_and_tells_how_to_go_on(root: Path, tmp_path: Path) -> None:
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch/index.py", *map(str, arguments), "--index-dir", str(tmp_path / "index")]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return typed("launch/index.py", *arguments, "--index-dir", tmp_path / "index")
 
     done = call("--pack", root, tmp_path / "out", "--per-shard", 4)
     assert done.returncode == 0, done.stderr

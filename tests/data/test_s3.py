@@ -1,6 +1,5 @@
 """S3, here a server on loopback that speaks its protocol: the same images, rows and pixels as from a disk."""
 
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 from buckets import endpoint_of, forbid, serve
-from launching import ROOT
+from launching import typed
 from loading import assert_same, global_batches, loaders_of, read
 from tars import picture, write_tar
 
@@ -183,8 +182,7 @@ def test_no_access_and_no_boto3_are_one_sentence(
 
 
 def test_the_command_looks_after_a_folder_in_s3(disk: Path, bucket: str, tmp_path: Path) -> None:
-    command = [sys.executable, "launch/index.py", f"s3://{bucket}/images/", "--verify", f"--index-dir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = typed("launch/index.py", f"s3://{bucket}/images/", "--verify", f"--index-dir={tmp_path}")
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
     assert open_index(disk / "images", tmp_path).fingerprint in lines[3]

@@ -4,14 +4,13 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from broken_files import DAMAGES
-from launching import ROOT
+from launching import typed
 from PIL import Image
 
 from mixmim_ds.data.index import open_index
@@ -22,8 +21,7 @@ def look(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command, its indices in a folder of the test."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch/index.py", *map(str, arguments), "--index-dir", str(tmp_path / "index")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="surrogateescape", timeout=120)
+        done = typed("launch/index.py", *arguments, "--index-dir", tmp_path / "index")
         assert "Traceback" not in done.stderr, done.stderr
         return done
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import run
+from launching import run, tasks
 
 MISTAKES = {
     "missing folder": (["data.root=DIR/nowhere"], "data.root"),
@@ -28,9 +28,10 @@ MISTAKES = {
 }
 
 
-def last_line_of(options: list[str], processes: int = 1, launcher: str = "python") -> str:
-    """Runs into the mistake; asserts that exactly one line reports it and that no traceback does."""
-    printed = run(launcher, *options, processes=processes, code=2)
+def last_line_of(options: list[str], launcher: str | None = None) -> str:
+    """Runs into the mistake, on two processes of a launcher or alone; asserts that exactly one line reports it and that
+    no traceback does."""
+    printed = run(launcher, *options, code=2) if launcher else tasks(*options, processes=1, code=2)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in printed, printed
     return errors[0]
@@ -86,14 +87,14 @@ def test_fp16_without_a_gpu_is_one_sentence(options: list[str]) -> None:
 def test_processes_that_do_not_divide_the_batch_report_once(options: list[str], tmp_path: Path) -> None:
     overrides = [*options, "train.global_batch=24"]
     assert "train.global_batch=24 is no multiple of train.micro_batch=8 x 2 processes" in last_line_of(
-        overrides, processes=2, launcher="deepspeed"
+        overrides, "deepspeed"
     )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_folder_of_another_run_stays_as_it_is(options: list[str], tmp_path: Path) -> None:
-    run("python", *options, processes=1)
+    tasks(*options, processes=1)
     folder = tmp_path / "run"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for change, sentence in (

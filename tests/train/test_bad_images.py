@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from broken_files import DAMAGES
-from launching import numbers, rows, run
+from launching import numbers, rows, run, tasks
 
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.plan import order_at
@@ -53,7 +53,7 @@ def test_broken_files_are_replaced_named_and_counted_whoever_meets_them_and_acro
     met = set(order_at(0, 0, range(5 * 32), 300).tolist()) & set(broken)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     options = [*options, "data.max_bad_share=0.5"]
-    printed = run("deepspeed", *options, f"run_dir={straight}", "train.max_steps=5")
+    printed = tasks(*options, f"run_dir={straight}", "train.max_steps=5")
     lines = told(straight)
     assert met <= {line["id"] for line in lines} <= set(broken), "and what was read ahead"
     assert len(lines) == len({line["id"] for line in lines})
@@ -64,11 +64,11 @@ def test_broken_files_are_replaced_named_and_counted_whoever_meets_them_and_acro
     warning = f"{counts[0]} more broken images are replaced, {counts[0]} in all, first {first['image']}"
     assert warning in printed and f"| bad {counts[-1]} |" in printed
 
-    run("python", *options, f"run_dir={resumed}", "train.max_steps=3", processes=1)
+    tasks(*options, f"run_dir={resumed}", "train.max_steps=3", processes=1)
     before = told(resumed)
     with (resumed / "failures" / "bad_images.jsonl").open("a") as file:
         file.write('{"id": 7, "image": "killed in the middle of a li')
-    run("deepspeed", *options, f"run_dir={resumed}", "train.max_steps=5")
+    tasks(*options, f"run_dir={resumed}", "train.max_steps=5")
     for row, expected in zip(numbers(resumed), numbers(straight), strict=True):
         assert row == pytest.approx(expected, rel=1e-5)  # the same micro-batches, summed in another order
     assert told(resumed)[: len(before)] == before and rows(resumed)[3]["bad_images"] >= len(before)
@@ -84,12 +84,12 @@ def test_more_than_the_share_ends_the_run_in_one_line(options: list[str], index:
     assert "2 of 300 images are broken" in error or "3 of 300 images are broken" in error
     assert "data.max_bad_share=0.006" in error and "failures/bad_images.jsonl" in error
     assert 2 <= len(told(tmp_path / "run")) <= 3 and not (tmp_path / "run" / "checkpoints").exists()
-    run("deepspeed", *options, "data.max_bad_share=0.01")
+    tasks(*options, "data.max_bad_share=0.01")
     assert rows(tmp_path / "run")[-1]["bad_images"] == 3, "three are not more than 0.01 of 300"
 
 
 def test_where_no_file_can_be_read_the_run_ends_in_one_line(options: list[str], index: Index, tmp_path: Path) -> None:
     for i in range(300):
         index.path(i).write_bytes(b"")
-    printed = run("python", *options, f"run_dir={tmp_path / 'run'}", processes=1, code=1)
+    printed = tasks(*options, f"run_dir={tmp_path / 'run'}", processes=1, code=1)
     assert "32 images in a row cannot be decoded" in error_of(printed)

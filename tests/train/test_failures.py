@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import rows, run, tasks
+from launching import rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
 from mixmim_ds.zero_files import Scattered, read_saved
@@ -54,7 +54,7 @@ def test_what_is_not_finite_is_not_saved(small_run: list[str], tmp_path: Path) -
     """A learning rate that makes the weights infinite in a step whose loss and gradient are finite."""
     folder = tmp_path / "run"
     options = [*small_run, f"run_dir={folder}", "train.save_every=1", "train.max_steps=9", "precision=fp32"]
-    printed = run("python", *options, "optim.base_lr=1e42", processes=1, code=1)
+    printed = tasks(*options, "optim.base_lr=1e42", processes=1, code=1)
     assert "the checkpoint of step 1 cannot be saved (weights are not finite)" in printed
     assert "error: the loss of rank 0 is not finite at step 2" in printed.splitlines()[-1]
     assert newest_complete(folder) is None

@@ -85,8 +85,8 @@ def test_fp32_is_plain_torch_to_six_digits(small_run: list[str], tmp_path: Path)
 
 def test_ten_and_ten_steps_are_twenty_to_the_last_digit(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=10")
-    printed = run("deepspeed", *small_run, f"run_dir={broken}", "train.max_steps=20")
+    tasks(*small_run, f"run_dir={broken}", "train.max_steps=10")
+    printed = tasks(*small_run, f"run_dir={broken}", "train.max_steps=20")
     assert "step 11/20" in printed and "step 10/20" not in printed, "it goes on where it stopped"
     assert numbers(broken) == numbers(twenty)
     again = tasks(*small_run, f"run_dir={broken}", "train.max_steps=20")
@@ -106,8 +106,8 @@ def test_two_and_two_steps_are_four_to_the_last_digit(
 def test_the_run_folder_is_what_the_readme_says(small_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     common = [*small_run, f"run_dir={folder}", "train.save_every=2", "train.keep_every=4", "train.picture_every=3"]
-    printed = run(
-        "python", *common, "train.max_steps=9", "precision=fp32", "optim.clip_grad=0.01",
+    printed = tasks(
+        *common, "train.max_steps=9", "precision=fp32", "optim.clip_grad=0.01",
         "activation_checkpointing=full", processes=1,
     )  # fmt: skip
     assert "8 img/process x 1 processes x 4 accumulation = 32 img/step" in printed
@@ -135,11 +135,11 @@ def test_shards_train_on_any_number_of_processes_and_may_move(
     pack(open_index(photographs, tmp_path / "index"), tmp_path / "shards", per_shard=64)
     options = [*small_run, "data=shards", "precision=fp32", "train.save_every=3"]
     pattern, moved = f"{tmp_path}/shards/train-{{000000..000004}}.tar", tmp_path / "moved"
-    run("deepspeed", *options, f"data.root={pattern}", f"run_dir={tmp_path / 'two'}", "train.max_steps=3")
+    tasks(*options, f"data.root={pattern}", f"run_dir={tmp_path / 'two'}", "train.max_steps=3")
     (tmp_path / "shards").rename(moved)
     tasks(*options, f"data.root={moved}/*.tar", f"run_dir={tmp_path / 'two'}", "train.max_steps=4")
     alone = [*options, f"data.root={moved}/*.tar", f"run_dir={tmp_path / 'one'}", "train.max_steps=4"]
-    run("python", *alone, processes=1)
+    tasks(*alone, processes=1)
     found, expected = numbers(tmp_path / "two"), numbers(tmp_path / "one")
     assert [row[0] for row in found] == [1, 2, 3, 4] and len({row[1] for row in found}) == 4
     for row, other in zip(found, expected, strict=True):

@@ -1,5 +1,6 @@
 """Going on: on other numbers of processes, under other ZeRO stages, and after a checkpoint was damaged."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from launching import numbers, run, tasks
+from launching import numbers, tasks
 
 from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.zero_files import MOMENTS, Saved, read_saved
@@ -21,6 +22,11 @@ def saved_in(folder: Path) -> Saved:
     return read_saved(newest.path)
 
 
+def images_of(folder: Path) -> list[list[object]]:
+    """Step, micro-batch and its images, in order."""
+    return sorted(json.loads(line) for line in (folder / "ids.jsonl").read_text().splitlines())
+
+
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.exhaustive)])
 def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
     precision: str, small_run: list[str], stage_run: Callable[[str, str], Path], tmp_path: Path
@@ -29,7 +35,8 @@ def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
     straight, moved = stage_run("zero1", precision), tmp_path / "moved"
     options = [*small_run, f"precision={precision}", f"run_dir={moved}"]
     for steps, processes, ds in ((1, 2, "zero2"), (2, 1, "zero1"), (3, 4, "zero1"), (4, 2, "zero3")):
-        tasks(*options, f"ds={ds}", f"train.max_steps={steps}", processes=processes)
+        tasks(*options, f"ds={ds}", f"train.max_steps={steps}", processes=processes, script="tests/live.py")
+    assert images_of(moved) == images_of(straight)
     # Only the order in which micro-batches are summed differs: 1e-7 apart in fp32; in bf16 that flips roundings of
     # the working weights (2^-9 each, of few of them), which moved the loss by 1.5e-5.
     tolerance = 1e-6 if precision == "fp32" else 1e-4
@@ -93,19 +100,19 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
 def test_weights_start_anew_where_the_run_cannot_go_on(small_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     options = [*small_run, f"run_dir={folder}", "train.max_steps=2", "precision=fp32"]
-    refused = run("python", *options, "resume=weights", processes=1, code=2)
+    refused = tasks(*options, "resume=weights", processes=1, code=2)
     assert "resume=weights has no effect" in refused and not folder.exists()
-    run("python", *options, processes=1)
+    tasks(*options, processes=1)
     before, weights = numbers(folder), saved_in(folder).masters
     anew = [*options, "train.global_batch=16", "resume=weights"]
-    printed = run("python", *anew, processes=1)
+    printed = tasks(*anew, processes=1)
     assert "starting anew from the weights of" in printed and [row[0] for row in numbers(folder)] == [1, 2]
     assert numbers(folder)[0][1] < 0.99 * before[0][1], "it starts where the other run had come to"
     assert numbers(folder / "earlier_1") == before
     for name, master in saved_in(folder / "earlier_1").masters.items():
         assert torch.equal(master.contiguous(), weights[name].contiguous())
     expected = numbers(folder)
-    again = run("python", *anew, processes=1)
+    again = tasks(*anew, processes=1)
     assert "nothing is left to do" in again and numbers(folder) == expected, "the same command goes on from its own"
-    other = run("python", *anew, "model.decoder_dim=128", processes=1, code=2)
+    other = tasks(*anew, "model.decoder_dim=128", processes=1, code=2)
     assert "holds another model" in other.splitlines()[-1] and numbers(folder) == expected

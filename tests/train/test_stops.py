@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import numbers, ranks_of, read_until, rows, run, start, tasks
+from launching import numbers, ranks_of, read_until, rows, start, tasks
 
 from mixmim_ds.checkpoints import newest_complete
 
@@ -103,7 +103,7 @@ def test_a_run_keeps_others_out_and_ends_if_one_of_its_ranks_hangs(small_run: li
     options = [*small_run, f"run_dir={tmp_path / 'run'}", "train.max_steps=1000"]
     process = start(*options, "train.step_timeout_s=4")
     read_until(process, "step 2/1,000")
-    refused = run("python", *options, processes=1, code=2)
+    refused = tasks(*options, processes=1, code=2)
     assert f"error: run_dir={tmp_path / 'run'} is in use by process " in refused.splitlines()[-1]
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     began = time.monotonic()

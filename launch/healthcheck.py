@@ -1,0 +1,38 @@
+"""Checks every node before a run: `srun ... python launch/healthcheck.py [the options of launch/pretrain.py]`.
+
+GPUs present, idle and alike; data and run folder readable, writable, shared and with room for two checkpoints; clocks;
+interconnect. Names the node that is not fit and ends with exit code 1, or 2 if an option is wrong. The jobs in this
+folder call it; `deepspeed launch/healthcheck.py ...` and `torchrun` start it as well.
+"""
+
+import argparse
+import sys
+
+from mixmim_ds.config import load_config
+from mixmim_ds.train.distributed import RankFailed, RunFailed, rank_before_connecting
+
+WAIT_S = 300  # a node may have to read gigabytes of libraries from a cold shared disk first
+
+
+def main() -> int:
+    """Reads the command line and checks; a mistake or an unfit node is one line of rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="those of the run that is to start")
+    parser.add_argument("--wait", type=int, default=WAIT_S, help="seconds for nodes to answer (default: %(default)s)")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; we read LOCAL_RANK
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.overrides)
+        # Here, for a mistake need not wait for the seconds that DeepSpeed and DALI take.
+        from mixmim_ds.train.health import healthcheck
+
+        healthcheck(config, arguments.wait)
+    except (ValueError, RunFailed) as error:
+        if rank_before_connecting() == 0 or isinstance(error, RankFailed):
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""How well frozen vectors tell classes apart: weighted k nearest neighbours, and a linear classifier.
+
+N, M images of the training and validation sets    D channels    K classes
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixmim_ds.evaluate.features import Labelled
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # those of Wu et al. (arXiv 1805.01978) and DINO, but that they look at more
+ROWS = 1024  # of the validation set at once
+PENALTIES = tuple(10.0**power for power in range(-4, 1))  # weight decays that are tried
+HELD_OUT = 5  # every fifth image of the training set chooses among them
+STEPS = 100
+
+
+def accuracy_of_neighbours(train: Labelled, val: Labelled) -> float:
+    """Top-1 of votes by the nearest vectors by cosine, each weighted by exp(similarity / temperature)."""
+    known, classes = F.normalize(train.vectors), int(train.labels.max()) + 1
+    right = 0
+    for rows, labels in zip(val.vectors.split(ROWS), val.labels.split(ROWS), strict=True):
+        near = (F.normalize(rows) @ known.T).topk(min(NEIGHBOURS, len(known)))
+        votes = torch.zeros(len(rows), classes).scatter_add_(
+            1, train.labels[near.indices], (near.values / TEMPERATURE).exp()
+        )
+        right += int((votes.argmax(1) == labels).sum())
+    return right / len(val.labels)
+
+
+def accuracy_of_classifier(train: Labelled, val: Labelled) -> tuple[float, float]:
+    """Top-1 of a linear classifier on the vectors, and its weight decay, chosen on a part of the training set."""
+    held_out = torch.arange(len(train.labels)) % HELD_OUT == 0
+    part = Labelled(train.vectors[~held_out], train.labels[~held_out])
+    judge = Labelled(train.vectors[held_out], train.labels[held_out])
+    scores = {penalty: _score(part, judge, penalty) for penalty in PENALTIES}
+    best = max(scores, key=lambda penalty: scores[penalty])
+    return _score(train, val, best), best
+
+
+def _score(train: Labelled, val: Labelled, penalty: float) -> float:
+    spread, middle = torch.std_mean(train.vectors, 0)
+    inputs, tested = ((each.vectors - middle) / (spread + 1e-6) for each in (train, val))
+    weight, bias = fit(inputs, train.labels, int(max(train.labels.max(), val.labels.max())) + 1, penalty)
+    return (F.linear(tested, weight, bias).argmax(1) == val.labels).float().mean().item()
+
+
+def fit(inputs: Tensor, labels: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Softmax regression by LBFGS from zero, which has one minimum: weight [K, D] and bias [K].
+
+    Args:
+        penalty: times half the squared norm of the weight, beside the mean cross entropy.
+    """
+    weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(inputs, weight, bias), labels) + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()

@@ -1,0 +1,265 @@
+"""Whether every node is fit for a run, asked before it starts; who is not is named, nothing is excluded.
+
+First every rank looks around by itself and reports to rank 0 through a plain TCP store, which a dead or broken node
+cannot block. Only when all are well do they meet as the run would.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mixmim_ds.config import RunConfig
+from mixmim_ds.data.loader import Share, open_loader
+from mixmim_ds.data.shards import open_images
+from mixmim_ds.models import build_model
+from mixmim_ds.train.distributed import (
+    RankFailed,
+    RunFailed,
+    World,
+    connect,
+    disconnect,
+    gather,
+    rank_before_connecting,
+)
+from mixmim_ds.train.engine import engine_config
+from mixmim_ds.train.run_folder import check_run_folder
+from mixmim_ds.train.slurm import PORTS, node, nodes
+
+BUSY = 0.1  # of a GPU's memory; drivers and idle daemons take less
+CLOCKS_S = 5.0  # tokens, build tools and the reader of the logs get confused beyond that; NTP keeps milliseconds
+PAYLOAD = 1 << 26  # bytes of the all-reduce, near the gradient buckets of ds_configs/
+STATE_BYTES = 14  # a parameter in a checkpoint: bf16 weights, fp32 masters and two moments
+
+
+@dataclass
+class Finding:
+    """What a rank saw."""
+
+    node: str
+    facts: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def healthcheck(config: RunConfig, wait_s: int) -> None:
+    """Checks all nodes of a job; every rank of the run must call it.
+
+    Args:
+        wait_s: seconds that nodes may take to answer.
+
+    Raises:
+        ValueError: an option does not go with the others, the data or the run folder.
+        RunFailed: a node is not fit, or does not answer.
+    """
+    rank = rank_before_connecting()
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    store = _open_store(rank, config.train.start_timeout_s + 2 * wait_s)
+    mistake = _told(store, rank, size, "mistake", lambda: _mistake(config, size))
+    if mistake:
+        raise ValueError(mistake)
+    store.set(f"finding {rank}", json.dumps(asdict(look(config))))
+    verdict = _told(store, rank, size, "verdict", lambda: _judge(_collect(store, size, wait_s)))
+    if rank == 0:
+        _token(config).unlink(missing_ok=True)
+    if verdict:
+        raise RunFailed(verdict)
+    _meet(wait_s)
+
+
+def _open_store(rank: int, timeout_s: int) -> dist.Store:
+    """Where ranks leave word; rank 0 keeps it, on a port of its own.
+
+    Args:
+        timeout_s: seconds that other ranks wait for what rank 0 has to do first, building the index too.
+    """
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+    try:
+        timeout = timedelta(seconds=timeout_s)
+        return dist.TCPStore(address, port and port + PORTS, None, rank == 0, timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RankFailed(f"{node()} cannot reach node {nodes()[0]} at {address}:{port + PORTS} ({reason}).") from error
+
+
+def _told(store: dist.Store, rank: int, size: int, name: str, say: Callable[[], str]) -> str:
+    """What rank 0 has to say, on every rank; if that ends the check, rank 0, which keeps the store, waits for them."""
+    if rank:
+        text = store.get(name).decode()
+        store.add(f"{name} heard", 1)
+        return text
+    text = say()
+    store.set(name, text)
+    deadline = time.monotonic() + 5
+    while text and store.add(f"{name} heard", 0) < size - 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return text
+
+
+def _mistake(config: RunConfig, size: int) -> str:
+    """What is wrong with the options as the first node sees it, and would be anywhere; empty if nothing is."""
+    try:
+        turns = engine_config(config, size)["gradient_accumulation_steps"]
+        index = open_images(config.data, progress=True)
+        open_loader(config, index, Share(0, size, turns), torch.device("cpu"), 1)
+        check_run_folder(config, "synthetic" if index is None else index.fingerprint)
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        _token(config).write_text(_signature())
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"run_dir={config.run_dir} cannot be written on {node()} ({error.strerror}); choose another run_dir."
+    return ""
+
+
+def _token(config: RunConfig) -> Path:
+    return Path(config.run_dir) / "healthcheck"
+
+
+def _signature() -> str:
+    """Tells this check from others that have left their token in a folder of the same name."""
+    return f"{os.environ.get('SLURM_JOB_ID')} {os.environ.get('MASTER_PORT')}"
+
+
+def look(config: RunConfig) -> Finding:
+    """What this rank finds on its node."""
+    finding = Finding(node())
+    for view in (_gpu, _images, _run_folder):
+        try:
+            finding.facts.append(view(config))
+        except ValueError as error:
+            finding.faults.append(str(error).rstrip("."))
+        except OSError as error:
+            finding.faults.append(f"{error.filename or config.run_dir}: {error.strerror}")
+    return finding
+
+
+def _gpu(config: RunConfig) -> str:
+    if not torch.cuda.is_available():
+        given = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+        if given and os.environ.get("DS_ACCELERATOR") != "cpu":
+            raise ValueError(f"PyTorch finds none of the {given} GPUs that SLURM gave (nvidia-smi tells more)")
+        return "CPU"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"PyTorch finds {torch.cuda.device_count()} GPUs, too few for rank {local_rank} there")
+    free, total = torch.cuda.mem_get_info(local_rank)
+    if free < (1 - BUSY) * total:
+        raise ValueError(
+            f"GPU {local_rank} is in use: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB are taken"
+        )
+    return torch.cuda.get_device_name(local_rank)
+
+
+def _images(config: RunConfig) -> str:
+    index = open_images(config.data)
+    if index is None:
+        return "synthetic"
+    with index.open(0) as file:
+        if not file.read(1):
+            raise ValueError(f"{index.name(0)} of data.root={config.data.root} cannot be read")
+    return f"images {index.fingerprint[:8]}"
+
+
+def _run_folder(config: RunConfig) -> str:
+    folder = Path(config.run_dir)
+    if not _token(config).exists() or _token(config).read_text() != _signature():
+        raise ValueError(f"run_dir={folder} is not the folder that {nodes()[0]} has under that name; it must be shared")
+    probe = _token(config).with_suffix(f".{node()}.{os.getpid()}")
+    probe.write_text("can be written")
+    probe.unlink()
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+    free, two = shutil.disk_usage(folder).free, 2 * STATE_BYTES * parameters
+    if free < two:
+        raise ValueError(
+            f"run_dir={folder} has {free / 2**30:.1f} GiB left, two checkpoints take {two / 2**30:.1f} GiB; make room"
+        )
+    return "run_dir writable"
+
+
+def _collect(store: dist.Store, size: int, wait_s: int) -> list[Finding]:
+    """The findings of all ranks; those of a rank that has not answered in time say that."""
+    keys = [f"finding {rank}" for rank in range(size)]
+    try:
+        store.wait(keys, timedelta(seconds=wait_s))
+    except RuntimeError:
+        silent = [f"no answer within {wait_s} s"]
+        names, per_node = nodes(), max(1, size // len(nodes()))
+        return [
+            Finding(**json.loads(store.get(key)))
+            if store.check([key])
+            else Finding(names[rank // per_node], [], silent)
+            for rank, key in enumerate(keys)
+        ]
+    return [Finding(**json.loads(store.get(key))) for key in keys]
+
+
+def _judge(findings: list[Finding]) -> str:
+    """Prints a line for each node; the sentence that names those that are not fit, empty if all are."""
+    usual = Counter(tuple(finding.facts) for finding in findings if not finding.faults).most_common(1)
+    faults: dict[str, dict[str, None]] = {finding.node: {} for finding in findings}  # in order, each said once
+    for finding in findings:
+        faults[finding.node] |= dict.fromkeys(finding.faults)
+        if usual and not finding.faults and tuple(finding.facts) != usual[0][0]:
+            faults[finding.node][f"it has {', '.join(finding.facts)} where others have {', '.join(usual[0][0])}"] = None
+    ranks = Counter(finding.node for finding in findings)
+    for name, said in faults.items():
+        facts = next((", ".join(finding.facts) for finding in findings if finding.node == name), "")
+        print(f"healthcheck {name}: {ranks[name]} ranks, {'; '.join(said) or facts}", flush=True)
+    bad = {name: "; ".join(said) for name, said in faults.items() if said}
+    if not bad:
+        return ""
+    told = ". ".join(f"Node {name} is not fit: {said}" for name, said in bad.items())
+    return f"{told}. Mend that, or leave the node out: sbatch --exclude={','.join(bad)}."
+
+
+def _meet(wait_s: int) -> None:
+    """Clocks and interconnect, with all ranks together."""
+    world = connect(wait_s)
+    try:
+        _compare_clocks(world)
+        seconds = _time_all_reduce(world)
+        if world.first and world.size > 1:
+            moved = 2 * (world.size - 1) / world.size * PAYLOAD
+            print(
+                f"healthcheck: {world.size} ranks on {', '.join(nodes())}; an all-reduce of {PAYLOAD >> 20} MiB takes "
+                f"{seconds * 1e3:.1f} ms, {moved / seconds / 1e9:.2f} GB/s a rank",
+                flush=True,
+            )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RankFailed(f"the interconnect does not answer: an all-reduce failed on {node()} ({reason}).") from error
+    finally:
+        disconnect()
+
+
+def _compare_clocks(world: World) -> None:
+    dist.barrier(group=world.control)
+    clocks = gather(world, (time.time(), node()))
+    middle = sorted(clocks)[len(clocks) // 2][0]
+    astray = {name: clock - middle for clock, name in clocks if abs(clock - middle) > CLOCKS_S}
+    if astray:
+        told = ", ".join(f"{name} by {seconds:+.0f} s" for name, seconds in astray.items())
+        raise RunFailed(
+            f"clocks differ: {told}. Set them (NTP), or leave the node out: sbatch --exclude={','.join(astray)}."
+        )
+
+
+def _time_all_reduce(world: World) -> float:
+    """The least of three times, in seconds; the first also sets up the connections."""
+    payload = torch.ones(PAYLOAD // 4, device=world.device)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        dist.all_reduce(payload)
+        payload[0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

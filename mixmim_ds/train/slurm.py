@@ -1,0 +1,52 @@
+"""What SLURM tells a task that `srun` has started (srun(1), "OUTPUT ENVIRONMENT VARIABLES")."""
+
+import itertools
+import os
+import platform
+import re
+
+PORTS = 10_000  # of a job's rendezvous, from 10,000 on: below the ports that Linux gives to outgoing connections
+
+
+def adopt() -> None:
+    """Announces this task's rank as torchrun would, if it is one of several that srun has started.
+
+    Rank 0 lies on the first node of the step, for srun gives out ranks node by node (--distribution=block). Whoever
+    sets MASTER_ADDR or MASTER_PORT knows better.
+    """
+    given = os.environ
+    if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    given |= {"RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"]}
+    given["LOCAL_RANK"] = given["SLURM_LOCALID"]
+    given.setdefault("MASTER_ADDR", nodes()[0])
+    given.setdefault("MASTER_PORT", str(PORTS + int(given["SLURM_JOB_ID"]) % PORTS))
+
+
+def nodes() -> list[str]:
+    """The nodes of this step in the order of their ranks; this machine alone without SLURM."""
+    return expand(os.environ.get("SLURM_STEP_NODELIST", platform.node()))
+
+
+def node() -> str:
+    """This machine as SLURM calls it, or else as it calls itself."""
+    return os.environ.get("SLURMD_NODENAME", platform.node())
+
+
+def expand(nodelist: str) -> list[str]:
+    """The names in SLURM's short form: "n[1-2,08],gpu" -> n1, n2, n08, gpu."""
+    names: list[str] = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        parts = re.split(r"\[([^\]]*)\]", entry)
+        choices = [_numbers(part) if place % 2 else [part] for place, part in enumerate(parts)]
+        names += map("".join, itertools.product(*choices))
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    """ "1-2,08" -> 1, 2, 08."""
+    numbers: list[str] = []
+    for piece in ranges.split(","):
+        first, _, last = piece.partition("-")
+        numbers += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return numbers

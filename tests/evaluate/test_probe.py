@@ -1,0 +1,125 @@
+"""Probes of frozen features: against plain arithmetic, and the command on real photographs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from launching import converted, typed
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as vision
+
+from mixmim_ds.data.index import open_index
+from mixmim_ds.evaluate.features import Labelled, View, extract, labels_of, load_encoder
+from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours, fit
+
+DICE = torch.Generator().manual_seed(0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def labelled(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every fourth of the photographs' crops to tell the class of, by the others; links to them."""
+    root = tmp_path_factory.mktemp("labelled")
+    for number, path in enumerate(sorted(photographs.glob("*/*"))):
+        link = root / ("val" if number % 4 == 0 else "train") / path.relative_to(photographs)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    return root
+
+
+def clouds(count: int, spread: float) -> Labelled:
+    """Vectors around five directions."""
+    labels = torch.arange(count) % 5
+    return Labelled(torch.eye(5, 8)[labels] + spread * torch.randn(count, 8, generator=DICE), labels)
+
+
+def test_neighbours_vote_as_a_plain_loop_counts() -> None:
+    train, val = clouds(300, 0.6), clouds(100, 0.6)
+    right = 0
+    for vector, label in zip(val.vectors.numpy(), val.labels.tolist(), strict=True):
+        known = train.vectors.numpy()
+        cosine = known @ vector / np.linalg.norm(known, axis=1) / np.linalg.norm(vector)
+        near = np.argsort(-cosine)[:20]
+        votes = [np.exp(cosine[near] / 0.07)[train.labels.numpy()[near] == k].sum() for k in range(5)]
+        right += int(np.argmax(votes) == label)
+    assert accuracy_of_neighbours(train, val) == right / 100 and 0.3 < right / 100 < 1
+
+
+def test_the_classifier_is_at_the_minimum_of_its_loss() -> None:
+    train = clouds(200, 1.0)
+    weight, bias = fit(train.vectors, train.labels, 5, 1e-2)
+    weight.requires_grad_(), bias.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(train.vectors @ weight.T + bias, train.labels)
+    (loss + 1e-2 / 2 * weight.square().sum()).backward()
+    # LBFGS stops where steps no longer change a loss of about one in fp32
+    assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4
+
+
+def test_classes_that_a_line_parts_are_told_and_noise_is_not() -> None:
+    assert accuracy_of_classifier(clouds(200, 0.05), clouds(100, 0.05))[0] == 1
+    noise = Labelled(torch.randn(2000, 8, generator=DICE), torch.arange(2000) % 5)
+    accuracy, _ = accuracy_of_classifier(noise, Labelled(torch.randn(1000, 8, generator=DICE), torch.arange(1000) % 5))
+    assert abs(accuracy - 0.2) < 0.06  # five standard deviations of a thousand guesses
+
+
+@pytest.mark.parametrize("view", [View(), View(norm=False), View(stage=2)], ids=str)
+def test_vectors_are_those_of_the_central_crop_in_the_order_of_the_index(
+    view: View, labelled: Path, tmp_path: Path
+) -> None:
+    index, encoder = open_index(labelled / "val", tmp_path), load_encoder("random:tiny", 0)
+    encoder.set_input_size(64)
+    vectors = extract(encoder, view, index, CPU, batch=32)
+    assert len(vectors) == len(index) == 75, "32 do not divide 75"
+    for i in (0, 40, 74):
+        image = Image.open(index.path(i)).convert("RGB")
+        side = round(min(image.size) * 224 / 256)
+        top, left = (image.height - side) // 2, (image.width - side) // 2
+        pixels = vision.resized_crop(image, top, left, side, side, [64, 64], InterpolationMode.BICUBIC)
+        options = timm.data.resolve_data_config(encoder.pretrained_cfg)
+        ready = vision.normalize(vision.to_tensor(pixels), options["mean"], options["std"])
+        with torch.no_grad():
+            expected = view(encoder, ready[None])[0]
+        # DALI's antialiased cubic is within a level or two of PIL's
+        torch.testing.assert_close(vectors[i], expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    assert labels_of(index, index.classes).tolist() == index.labels.tolist()
+
+
+@pytest.mark.slow
+def test_the_command_probes_runs_and_exports_alike(
+    labelled: Path, stage_run: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    run = stage_run("zero1", "fp32")
+    found = []
+    for source in (run, converted(run, tmp_path / "export"), "random:tiny"):
+        done = typed("launch/probe.py", source, "--data", labelled, "--index-dir", tmp_path, "--img-size", 64)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    ran, exported, untrained = found
+    assert ran | {"source": ""} == exported | {"source": ""} and ran["val"] == 75 and ran["classes"] == 13
+    for each in found:
+        assert 2 / 13 < each["knn"] <= 1 and 2 / 13 < each["linear"] <= 1, "crops of one photograph look alike"
+    assert untrained["linear"] != ran["linear"] or untrained["knn"] != ran["knn"]
+
+
+MISTAKES = {
+    "random:giant": "random:giant names no size",
+    "nowhere": "nowhere is no folder",
+    "--img-size 100": "img_size",
+    "--stage 5": "--stage 5 must be one of 1 to 4",
+    "--stage 2 --no-norm": "--no-norm has no effect with --stage 2",
+    "--data TMP": "does not exist",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(mistake: str, labelled: Path, tmp_path: Path) -> None:
+    words = mistake.replace("TMP", str(tmp_path)).split()
+    source = [] if not words[0].startswith("--") else ["random:tiny"]
+    done = typed("launch/probe.py", *source, "--data", labelled, *words, "--index-dir", tmp_path / "index")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and MISTAKES[mistake] in done.stderr.splitlines()[-1]

@@ -1,0 +1,80 @@
+"""What the healthcheck finds on nodes and says of them; on a cluster: tests/slurm."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from launching import free_port
+
+from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.train import health
+from mixmim_ds.train.distributed import RunFailed
+from mixmim_ds.train.health import Finding, _judge, healthcheck, look
+
+USUAL = ["NVIDIA H100 80GB HBM3", "images 62529d36", "run_dir writable"]
+
+
+@pytest.fixture
+def config(small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    return load_config([*small_run, f"run_dir={tmp_path}"])
+
+
+def marked(config: RunConfig) -> RunConfig:
+    """As the first node leaves the run folder for the others to find."""
+    Path(config.run_dir, "healthcheck").write_text(health._signature())
+    return config
+
+
+def test_a_good_node_has_no_faults(config: RunConfig) -> None:
+    finding = look(marked(config))
+    assert not finding.faults and len(finding.facts) == 3 and finding.node == "n1"
+
+
+def test_a_run_folder_that_is_not_shared_is_a_fault(config: RunConfig) -> None:
+    assert "is not the folder that" in look(config).faults[0]
+
+
+def test_a_data_set_that_is_missing_on_a_node_is_a_fault(config: RunConfig) -> None:
+    config.data.root = "/not/mounted/here"
+    (fault,) = look(marked(config)).faults
+    assert "data.root=/not/mounted/here" in fault
+
+
+def test_two_checkpoints_must_fit(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 10**6))
+    (fault,) = look(marked(config)).faults
+    assert "has 0.0 GiB left, two checkpoints take" in fault
+
+
+def test_gpus_that_slurm_gave_must_be_there(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert look(marked(config)).faults == ["PyTorch finds none of the 8 GPUs that SLURM gave (nvidia-smi tells more)"]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not look(marked(config)).faults
+
+
+def test_the_node_that_differs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [Finding(f"n{rank // 2}", list(USUAL)) for rank in range(8)]
+    assert _judge(findings) == ""
+    assert capsys.readouterr().out.splitlines()[0] == f"healthcheck n0: 2 ranks, {', '.join(USUAL)}"
+    findings[5].facts[0] = "NVIDIA A100-SXM4-80GB"
+    findings[6].faults += ["GPU 0 is in use"]
+    findings[7].faults += ["GPU 0 is in use"]
+    said = _judge(findings)
+    assert "Node n2 is not fit: it has NVIDIA A100" in said and said.count("GPU 0 is in use") == 1
+    assert said.endswith("sbatch --exclude=n2,n3.")
+
+
+def test_a_silent_node_is_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four ranks on two nodes only the first answers."""
+    config.train.global_batch = 32
+    place = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_STEP_NODELIST": "n[1-2]"}
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port() - health.PORTS)}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunFailed, match="Node n2 is not fit: no answer within 1 s"):
+        healthcheck(config, wait_s=1)
