@@ -39,11 +39,12 @@ BENCH := $(BIN)/python launch/benchmark.py
 bench: setup
 	$(BIN)/python launch/photographs.py bench/photographs
 	$(BENCH) train model=base train.micro_batch=4 precision=fp32 --against reference --profile --warmup 1 > bench/train.log
+	$(BENCH) attention model=base precision=fp32 --repeats 15 > bench/attention.log
 	$(BENCH) loader data.root=bench/photographs --repeats 3 --warmup 1 > bench/loader.log
 	$(BENCH) checkpoint model=base precision=fp32 --repeats 3 --warmup 1 > bench/checkpoint.log
 	$(BENCH) convert model=base precision=fp32 --repeats 3 --warmup 1 > bench/convert.log
 	@grep -hE '^\| (command|---) ' bench/train.log
-	@grep -h '^| `python ' bench/train.log bench/loader.log bench/checkpoint.log bench/convert.log
+	@grep -h '^| `python ' bench/train.log bench/attention.log bench/loader.log bench/checkpoint.log bench/convert.log
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from mixmim_ds.train.distributed import RunFailed, rank_before_connecting
 # Each is a module of mixmim_ds/benchmark with add_options(parser) and measure(arguments) -> Measured.
 SUBCOMMANDS = {
     "train": "the training step: img/s, MFU, memory, and where the time goes; also against the plain method",
+    "attention": "attention layers alone, each way to attend in turn with the plain one",
     "loader": "DALI alone, in turn with torchvision's DataLoader on the same images; data.root=DIR",
     "checkpoint": "saving and resuming a run's state; run_dir=DIR names the disk to measure",
     "convert": "launch/convert.py on a run's checkpoint: time and peak memory; run_dir=DIR names the disk",

@@ -53,6 +53,13 @@ def bench(*words: str, processes: int = 1) -> dict[str, Any]:
 TINY = ("model=tiny", "model.img_size=64", "precision=fp32", "--repeats=2", "--warmup=1")
 
 
+def test_attention_times_every_way_of_every_stage() -> None:
+    found = bench("attention", *TINY, "train.micro_batch=2")
+    assert len(found["layers_s"]) == 4
+    for layer in found["layers_s"]:
+        assert layer.keys() == {"plain", "masked pairs", "sequences", "linears"} and min(layer.values()) > 0
+
+
 def test_train_says_where_the_time_goes() -> None:
     found = bench("train", *TINY, "train.micro_batch=4", "train.global_batch=8", "--profile")
     ours = found["ours"]

@@ -1,7 +1,5 @@
 """Each way to attend against the plain one, layer by layer: the shapes of an encoder's stages, forward and backward.
 
-    python -m mixmim_ds.benchmark.attention [encoder [images]]
-
 A layer is qkv, attention and projection of one block. The plain way is that of public code of windowed masked image
 modelling: windows cut into the batch, two matrix products and a softmax on logits of size N x N, the bias taken by
 index, and an additive mask built for every block. "linears" are qkv and projection alone: what no attention can save.
@@ -9,20 +7,24 @@ index, and an additive mask built for every block. "linears" are qkv and project
 Shapes: B images, h x w tokens of a stage's grid, C channels, G windows, N tokens of a window, K heads.
 """
 
+import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
-import timm
 import torch
 from torch import Tensor
 
-from mixmim_ds.models import MixMIMTransformer
+from mixmim_ds.benchmark.options import run_options
+from mixmim_ds.benchmark.report import Measured
+from mixmim_ds.benchmark.timing import Marks, in_turn
+from mixmim_ds.data.plan import mask_at
+from mixmim_ds.models import build_model
 from mixmim_ds.models.attention import WindowAttention
 from mixmim_ds.models.grids import CELL
 from mixmim_ds.models.groups import Groups, sort_tokens
 from mixmim_ds.models.masking import pair_mask
+from mixmim_ds.plan_memory import DTYPES
 
 Side = Callable[[Tensor], Tensor]
 
@@ -56,41 +58,54 @@ def sides(module: WindowAttention, grid: tuple[int, int], mask: Tensor) -> dict[
     }
 
 
-def seconds(side: Side, x: Tensor) -> float:
-    """Of one forward and backward pass."""
-    start = time.perf_counter()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """`attention` knows the run's own options alone."""
+
+
+def measure(arguments: argparse.Namespace) -> Measured:
+    """Times every way for every stage of the run's encoder and micro-batch, in the weights' precision, in turn.
+
+    Raises:
+        ValueError: the options do not go together.
+    """
+    config = run_options(arguments.words, {"data": "synthetic", "train.micro_batch": 4})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.train.seed)
+    encoder = build_model(config.model).encoder.to(device, DTYPES[config.precision])
+    size = config.model.img_size // CELL
+    mask = torch.from_numpy(mask_at(config.train.seed, 0, 0, (size, size), config.model.mask_ratio)).to(device)
+    stages = []
+    for stage in encoder.layers:
+        shape = (config.train.micro_batch, *stage.grid, stage.dim)
+        x = torch.randn(shape, dtype=DTYPES[config.precision], device=device, requires_grad=True)
+        ways = {name: partial(_pass, way, x) for name, way in sides(stage.blocks[0].attn, stage.grid, mask).items()}
+        stages.append(medians_of(in_turn(ways, arguments.warmup, arguments.repeats)))
+    names = list(stages[0])
+    table = [f"| milliseconds of a layer | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    for number, row in enumerate(stages, 1):
+        table.append(f"| stage {number} | {' | '.join(f'{1e3 * row[name]:.1f}' for name in names)} |")
+    said = "; ".join(
+        f"stage {number}: plain / {name} {row['plain'] / row[name]:.2f}"
+        for number, row in enumerate(stages, 1)
+        for name in names
+        if name not in ("plain", "linears")
+    )
+    numbers = {"model": config.model.encoder, "micro_batch": config.train.micro_batch, "precision": config.precision}
+    return Measured(
+        f"{said}; medians of {arguments.repeats}", numbers | {"repeats": arguments.repeats, "layers_s": stages}, table
+    )
+
+
+def medians_of(rows: dict[str, list[float]]) -> dict[str, float]:
+    """The median seconds of each way."""
+    return {name: round(statistics.median(values), 6) for name, values in rows.items()}
+
+
+def _pass(side: Side, x: Tensor) -> float:
+    """Seconds of one forward and backward pass."""
+    marks = Marks(x.device)
+    marks.mark()
     out = side(x)
     out.backward(torch.ones_like(out))
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(encoder: MixMIMTransformer, images: int, repeats: int = 15) -> list[dict[str, float]]:
-    """Milliseconds of each way for every stage: medians of repeats in turn, the first of which is not counted."""
-    weight = encoder.patch_embed.proj.weight
-    height, width = (side // CELL for side in encoder.patch_embed.img_size)
-    mask = (torch.randperm(height * width) < height * width // 2).reshape(height, width).to(weight.device)
-    rows = []
-    for stage in encoder.layers:
-        x = torch.randn(images, *stage.grid, stage.dim, dtype=weight.dtype, device=weight.device, requires_grad=True)
-        ways = sides(stage.blocks[0].attn, stage.grid, mask)
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(repeats + 1):
-            for name, side in ways.items():
-                times[name].append(seconds(side, x))
-        rows.append({name: 1e3 * statistics.median(found[1:]) for name, found in times.items()})
-    return rows
-
-
-def main(encoder: str = "mixmim_base", images: str = "4") -> None:
-    """Prints a table of Markdown."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(timm.create_model(encoder, num_classes=0).to(device), int(images))
-    print(f"| milliseconds of a layer | {' | '.join(rows[0])} |\n|---{'|---' * len(rows[0])}|")
-    for number, row in enumerate(rows, 1):
-        print(f"| stage {number} | {' | '.join(f'{value:.1f}' for value in row.values())} |")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    marks.mark()
+    return marks.intervals()[0]
