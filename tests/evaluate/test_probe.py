@@ -95,15 +95,13 @@ def test_the_command_probes_runs_and_exports_alike(
 ) -> None:
     run = stage_run("zero1", "fp32")
     found = []
-    for source in (run, converted(run, tmp_path / "export"), "random:tiny"):
+    for source in (run, converted(run, tmp_path / "export")):
         done = typed("launch/probe.py", source, "--data", labelled, "--index-dir", tmp_path, "--img-size", 64)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    ran, exported, untrained = found
+    ran, exported = found
     assert ran | {"source": ""} == exported | {"source": ""} and ran["val"] == 75 and ran["classes"] == 13
-    for each in found:
-        assert 2 / 13 < each["knn"] <= 1 and 2 / 13 < each["linear"] <= 1, "crops of one photograph look alike"
-    assert untrained["linear"] != ran["linear"] or untrained["knn"] != ran["knn"]
+    assert 2 / 13 < ran["knn"] <= 1 and 2 / 13 < ran["linear"] <= 1, "crops of one photograph look alike"
 
 
 MISTAKES = {
