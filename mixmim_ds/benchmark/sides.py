@@ -13,7 +13,7 @@ from mixmim_ds.data.loader import MicroBatch
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.distributed import World
 from mixmim_ds.train.engine import build_engine
-from mixmim_ds.train.optim import parameter_groups
+from mixmim_ds.train.optim import adamw
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -59,12 +59,7 @@ class Loop:
         self.model = model.to(device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.optim.weight_decay),
-            lr=config.optim.base_lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            fused=True,
-        )
+        self.optimizer = adamw(self.model, config.optim)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Side`."""

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.distributed import World
-from mixmim_ds.train.optim import parameter_groups
+from mixmim_ds.train.optim import adamw
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typo would pass for a setting.
 MECHANICS = {
@@ -97,12 +96,7 @@ def build_engine(config: RunConfig, model: MixMIM, world: World) -> DeepSpeedEng
     if config.compile:
         for block in model.blocks():
             block.compile()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optim.weight_decay),
-        lr=config.optim.base_lr,
-        betas=(config.optim.betas[0], config.optim.betas[1]),
-        fused=True,
-    )
+    optimizer = adamw(model, config.optim)
     # Gloo alone serves the CPU: DeepSpeed's own all-reduce there wants a C++ compiler and never frees its memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(

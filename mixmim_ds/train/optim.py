@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from mixmim_ds.config import OptimConfig
@@ -17,6 +18,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for name, p in named if name not in plain], "weight_decay": weight_decay},
         {"params": [p for name, p in named if name in plain], "weight_decay": 0.0},
     ]
+
+
+def adamw(model: nn.Module, options: OptimConfig) -> torch.optim.AdamW:
+    """The run's optimizer: torch's fused one, which needs no compiler. Its lr is no step's yet, see `Schedule`."""
+    return torch.optim.AdamW(
+        parameter_groups(model, options.weight_decay),
+        lr=options.base_lr,
+        betas=(options.betas[0], options.betas[1]),
+        fused=True,
+    )
 
 
 @dataclass(frozen=True)
