@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from mixmim_ds.config import load_config
-from mixmim_ds.train.distributed import RankFailed, RunFailed, rank_before_connecting
+from mixmim_ds.train.distributed import RunFailed, tell
 
 WAIT_S = 300  # a node may have to read gigabytes of libraries from a cold shared disk first
 
@@ -28,9 +28,7 @@ def main() -> int:
 
         healthcheck(config, arguments.wait)
     except (ValueError, RunFailed) as error:
-        if rank_before_connecting() == 0 or isinstance(error, RankFailed):
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return tell(error)
     return 0
 
 

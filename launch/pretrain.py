@@ -7,7 +7,7 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 
 from mixmim_ds.config import load_config
-from mixmim_ds.train.distributed import RankFailed, RunFailed, rank_before_connecting
+from mixmim_ds.train.distributed import RunFailed, tell
 
 
 def main() -> int:
@@ -30,9 +30,7 @@ def main() -> int:
 
         return pretrain(config)
     except (ValueError, RunFailed) as error:
-        if rank_before_connecting() == 0 or isinstance(error, RankFailed):
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return tell(error)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,6 +58,13 @@ def rank_before_connecting() -> int:
     """This process's rank as its launcher announced it; 0 for a single process."""
     adopt()
     return int(os.environ.get("RANK", 0))
+
+
+def tell(error: ValueError | RunFailed) -> int:
+    """Prints the one line of an error, on rank 0 unless this rank alone may know of it; the exit code that it means."""
+    if rank_before_connecting() == 0 or isinstance(error, RankFailed):
+        print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def connect(timeout_s: int) -> World:
