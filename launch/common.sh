@@ -94,8 +94,12 @@ newest() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo nothing; }
 starts() { tail -n "$LIMIT" "$run_dir/starts.log" 2>/dev/null | grep -c "job $SLURM_JOB_ID .* from $(newest)\$"; }
 
 # The limit is kept in the run folder, for it also counts the starts after which SLURM itself requeued (a lost node).
-note_start() {
+check_limit() {
     (($(starts) < LIMIT)) || fail "$LIMIT starts of this job from $(newest) added no checkpoint; see $logs/.. and submit anew." 1
+}
+
+note_start() {
+    check_limit
     echo "$(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST from $(newest)" >>"$run_dir/starts.log"
 }
 
@@ -148,7 +152,7 @@ end_job() {
     "$EXIT_REQUEUE") say "stopped on request, saved as $(newest)" ;;
     *) say "ended with code $code; the newest checkpoint is $(newest)" ;;
     esac
-    (($(starts) < LIMIT)) || fail "$LIMIT starts of this job from $(newest) added no checkpoint; see $logs/.. and submit anew." 1
+    check_limit
     queued=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) ||
         say "not queued again by itself (${queued//$'\n'/ }); if squeue does not show it, submit the same command"
     exit "$code"
