@@ -52,6 +52,15 @@ def _rows(base, image, tokens, inside, T, width, column, D: tl.constexpr):
 
 
 @triton.jit
+def _keys(qkv, order, places, first, size, tile, image, head, T, C, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a tile's tokens: which exist, where they are in the grid and in the window, their keys and values."""
+    theirs, keys, there = _span(order, places, first, size, tile, BLOCK)
+    k = _rows(qkv, image, keys, theirs, T, 3 * C, C + head * D, D)
+    v = _rows(qkv, image, keys, theirs, T, 3 * C, 2 * C + head * D, D)
+    return theirs, keys, there, k, v
+
+
+@triton.jit
 def _logits(q, k, table, head, here, there, exists, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, scale):
     """Scaled products and biases of a tile, [BLOCK, BLOCK] fp32; -inf where a key does not exist."""
     down = (here // COLUMNS)[:, None] - (there // COLUMNS)[None, :] + ROWS - 1
@@ -76,9 +85,7 @@ def _forward(
         total = tl.zeros([BLOCK], tl.float32)
         sums = tl.zeros([BLOCK, D], tl.float32)
         for other in range(0, tl.cdiv(size, BLOCK)):
-            theirs, keys, there = _span(order, places, first, size, other, BLOCK)
-            k = _rows(qkv, image, keys, theirs, T, 3 * C, C + head * D, D)
-            v = _rows(qkv, image, keys, theirs, T, 3 * C, 2 * C + head * D, D)
+            theirs, keys, there, k, v = _keys(qkv, order, places, first, size, other, image, head, T, C, D, BLOCK)
             logits = _logits(q, k, table, head, here, there, theirs, K, ROWS, COLUMNS, scale)
             higher = tl.maximum(top, tl.max(logits, 1))
             weights = tl.exp(logits - higher[:, None])
@@ -107,9 +114,7 @@ def _backward_q(
         total = tl.zeros([BLOCK], tl.float32)
         mean = tl.zeros([BLOCK], tl.float32)
         for other in range(0, tl.cdiv(size, BLOCK)):
-            theirs, keys, there = _span(order, places, first, size, other, BLOCK)
-            k = _rows(qkv, image, keys, theirs, T, 3 * C, C + head * D, D)
-            v = _rows(qkv, image, keys, theirs, T, 3 * C, 2 * C + head * D, D)
+            theirs, keys, there, k, v = _keys(qkv, order, places, first, size, other, image, head, T, C, D, BLOCK)
             logits = _logits(q, k, table, head, here, there, theirs, K, ROWS, COLUMNS, scale)
             higher = tl.maximum(top, tl.max(logits, 1))
             weights = tl.exp(logits - higher[:, None])
@@ -123,9 +128,7 @@ def _backward_q(
         tl.store(means + at_norm, mean, mine)
         sums = tl.zeros([BLOCK, D], tl.float32)
         for other in range(0, tl.cdiv(size, BLOCK)):
-            theirs, keys, there = _span(order, places, first, size, other, BLOCK)
-            k = _rows(qkv, image, keys, theirs, T, 3 * C, C + head * D, D)
-            v = _rows(qkv, image, keys, theirs, T, 3 * C, 2 * C + head * D, D)
+            theirs, keys, there, k, v = _keys(qkv, order, places, first, size, other, image, head, T, C, D, BLOCK)
             logits = _logits(q, k, table, head, here, there, theirs, K, ROWS, COLUMNS, scale)
             grad_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
             grad_logits = tl.exp(logits - norm[:, None]) * (grad_weights - mean[:, None])
@@ -143,9 +146,7 @@ def _backward_kv(
     first, size = _bounds(starts, sequence)
     if tile * BLOCK < size:
         C = K * D
-        theirs, keys, there = _span(order, places, first, size, tile, BLOCK)
-        k = _rows(qkv, image, keys, theirs, T, 3 * C, C + head * D, D)
-        v = _rows(qkv, image, keys, theirs, T, 3 * C, 2 * C + head * D, D)
+        theirs, keys, there, k, v = _keys(qkv, order, places, first, size, tile, image, head, T, C, D, BLOCK)
         of_k = tl.zeros([BLOCK, D], tl.float32)
         of_v = tl.zeros([BLOCK, D], tl.float32)
         for other in range(0, tl.cdiv(size, BLOCK)):
