@@ -116,7 +116,10 @@ def typed(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def _fork(words: list[str], names: dict[str, str], stdout: str, stderr: str) -> BaseProcess:
-    """Starts a script in a process forked from one that has done the imports."""
+    """Starts a script in a process forked from one that has done the imports.
+
+    Not from several threads: `start` reaps the children of all and takes exit codes from those who wait for them.
+    """
     process = FORKS.Process(target=_become, args=(words, environment() | names, stdout, stderr))
     process.start()
     return process
