@@ -8,7 +8,7 @@ folder call it; `deepspeed launch/healthcheck.py ...` and `torchrun` start it as
 import argparse
 import sys
 
-from mixmim_ds.config import load_config
+from mixmim_ds.compose import load_config
 from mixmim_ds.train.distributed import RunFailed, tell
 
 WAIT_S = 300  # a node may have to read gigabytes of libraries from a cold shared disk first

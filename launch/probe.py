@@ -12,24 +12,27 @@ from pathlib import Path
 import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
-from mixmim_ds.config import DataConfig
+from mixmim_ds.config import LabelledDataConfig
 
 
 def probe(arguments: argparse.Namespace) -> dict[str, object]:
     """Both accuracies and what they are of. ValueError on a user's mistake."""
     # Here, for a mistake in the words need not wait for the seconds that DALI takes.
-    from mixmim_ds.evaluate.features import Labelled, View, extract, labels_of, load_encoder, open_labelled
+    from mixmim_ds.data.labelled import open_labelled
+    from mixmim_ds.evaluate.features import Vectors, View, extract, load_encoder
     from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours
+    from mixmim_ds.train.distributed import share_of_cores
 
-    train, val = open_labelled(arguments.data, arguments.index_dir.expanduser())
+    data = LabelledDataConfig(root=str(arguments.data), index_dir=str(arguments.index_dir))
+    train, val = open_labelled(data, "--data")
     encoder, view = load_encoder(arguments.source, arguments.seed), View(arguments.stage, not arguments.no_norm)
     view.check(encoder)
     if arguments.img_size is not None:
         encoder.set_input_size(arguments.img_size)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     known, asked = (
-        Labelled(extract(encoder, view, index, device, arguments.batch), labels_of(index, train.classes))
-        for index in (train, val)
+        Vectors(extract(encoder, view, part.images, device, share_of_cores(), arguments.batch), part.labels)
+        for part in (train, val)
     )
     linear, penalty = accuracy_of_classifier(known, asked)
     return {
@@ -49,7 +52,7 @@ def main() -> int:
     parser.add_argument("--no-norm", action="store_true", help="without the encoder's final LayerNorm")
     parser.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights of random:SIZE (default: %(default)s)")
-    parser.add_argument("--index-dir", type=Path, default=DataConfig.index_dir, help="default: %(default)s")
+    parser.add_argument("--index-dir", type=Path, default=LabelledDataConfig.index_dir, help="default: %(default)s")
     arguments = parser.parse_args()
     try:
         found = probe(arguments)

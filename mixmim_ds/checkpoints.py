@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MARKER = "COMPLETE.json"
+BEST = "best"  # beside the checkpoints, the name of the one that was judged best
 log = logging.getLogger(__name__)
 
 

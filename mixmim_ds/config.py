@@ -1,19 +1,12 @@
-"""The options of a pretraining run: their names, types, defaults and checks (Hydra's schema)."""
+"""The options of a run, of pretraining or fine-tuning: their names, types, defaults and checks (Hydra's schema)."""
 
-import difflib
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "launch" / "conf"
 
 
 def _require(holds: bool, sentence: str) -> None:
@@ -108,10 +101,6 @@ class TrainConfig:
         _require(self.max_bad_steps >= 0, f"train.max_bad_steps={self.max_bad_steps} must not be negative.")
         _require(self.max_steps is None or self.max_steps > 0, f"train.max_steps={self.max_steps} must be positive.")
         _require(
-            self.micro_batch % 2 == 0,
-            f"train.micro_batch={self.micro_batch} must be even: images are mixed in pairs.",
-        )
-        _require(
             self.global_batch % self.micro_batch == 0,
             f"train.global_batch={self.global_batch} must be a multiple of train.micro_batch={self.micro_batch}.",
         )
@@ -151,10 +140,9 @@ class OptimConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that a pretraining run is, but for the engine's mechanics in `ds`."""
+    """What pretraining and fine-tuning have in common; the engine's mechanics are in `ds`."""
 
     run_dir: str = MISSING
-    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -189,10 +177,117 @@ class RunConfig:
         return Path(self.ds) if self.ds.endswith(".json") else ROOT / "ds_configs" / f"{self.ds}.json"
 
 
+@dataclass
+class PretrainConfig(RunConfig):
+    """A pretraining run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _even(self.train, "images are mixed in pairs")
+
+
+@dataclass
+class ClassifierConfig:
+    """The encoder and its classifier."""
+
+    encoder: str = "mixmim_base"
+    img_size: int = 224
+    drop_path: float = 0.1  # chance that an image skips a branch of the last block; it grows linearly from 0
+
+    def __post_init__(self) -> None:
+        _positive("model", self, "img_size")
+        _require(0 <= self.drop_path < 1, f"model.drop_path={self.drop_path} must lie in 0 .. 1, 1 excluded.")
+
+
+@dataclass
+class LabelledDataConfig(DataConfig):
+    """Images to learn from, in DIR/train for data.root=DIR, and images to judge by."""
+
+    val: str | None = None  # folder or pattern of the latter; null = DIR/val
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.kind != "synthetic", "data=synthetic has no labels; give data.root=DIR.")
+        _require(
+            self.kind != "shards" or bool(self.val), "data.val is not set; with data=shards give its pattern as well."
+        )
+
+
+@dataclass
+class AugmentConfig:
+    """What timm does to decoded images, and to batches of them; the authors' values."""
+
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's words (timm.data.rand_augment_transform); null = none
+    erase: float = 0.25  # share of the images that get a rectangle of noise
+    mixup: float = 0.8  # alpha, as of cutmix; a micro-batch gets one of the two; 0 = none
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    workers: int = 0  # processes for rand_augment beside each process; 0 = its share of the cores given to this job
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix", "workers"):
+            _require(getattr(self, name) >= 0, f"augment.{name}={getattr(self, name)} must not be negative.")
+        for name in ("erase", "label_smoothing"):
+            _require(
+                0 <= getattr(self, name) < 1, f"augment.{name}={getattr(self, name)} must lie in 0 .. 1, 1 excluded."
+            )
+
+
+@dataclass
+class FinetuneOptimConfig(OptimConfig):
+    """As in pretraining, and what only fine-tuning has."""
+
+    layer_decay: float = 0.7  # each layer learns with this share of the next one's learning rate
+    ema_decay: float | None = None  # judge and export a moving average of the weights, with this decay per step
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay} must lie in 0 .. 1, 0 excluded.")
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"optim.ema_decay={self.ema_decay} must lie between 0 and 1, or be null for none.",
+        )
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """A fine-tuning run."""
+
+    run_dir: str = ""
+    init: str = MISSING  # an exported folder, a run or one of its checkpoints; random = from scratch
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    eval_every: int = 1  # epochs
+    eval_only: bool = False  # judge the classifier that init is, and stop
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            bool(self.run_dir) or self.eval_only,
+            "run_dir is not set; add run_dir=DIR, the folder that the run is kept in.",
+        )
+        _require(
+            not (self.run_dir and self.eval_only),
+            f"run_dir={self.run_dir} has no effect with eval_only=true; remove it.",
+        )
+        _require(self.eval_every > 0, f"eval_every={self.eval_every} must be positive.")
+        if self.augment.mixup or self.augment.cutmix:
+            _even(self.train, "augment.mixup and augment.cutmix mix images in pairs")
+
+
+def _even(train: TrainConfig, reason: str) -> None:
+    _require(train.micro_batch % 2 == 0, f"train.micro_batch={train.micro_batch} must be even: {reason}.")
+
+
 # What may change between two starts of one run: where it runs and what it writes, never what it computes. A data set
 # may move: its fingerprint is compared instead of its path.
 FREE = {
     "run_dir", "resume", "ds", "compile", "activation_checkpointing",
+    "init", "eval_every", "eval_only", "data.val", "augment.workers",
     "data.root", "data.index_dir", "data.threads", "data.prefetch", "data.max_bad_share",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
     "train.picture_every", "train.max_failed_saves", "train.max_bad_steps",
@@ -211,48 +306,3 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: RunConfig) -> dict[str, Any]:
     """The options that decide what a run computes; a run folder holds one value of each."""
     return {name: value for name, value in flatten(asdict(config)).items() if name not in FREE}
-
-
-def load_config(overrides: list[str]) -> RunConfig:
-    """Hydra's composition of launch/conf and `key=value` overrides.
-
-    Raises:
-        ValueError: one sentence that names the option, for whatever Hydra or a check refuses.
-    """
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config: Any = OmegaConf.to_object(compose("pretrain", [_with_quotes(each) for each in overrides]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error)) from error
-    return config
-
-
-def _with_quotes(override: str) -> str:
-    """The override, `data.root` in quotes: braces, brackets and commas of a pattern mean something else to Hydra."""
-    option, _, value = override.partition("=")
-    if option != "data.root" or value in ("", "null") or value[0] in "'\"":
-        return override
-    return "{}='{}'".format(option, value.replace("'", "\\'"))
-
-
-def _explain(error: Exception) -> str:
-    """Hydra's complaint of several lines, as one sentence that names the option."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    if isinstance(error, OverrideParseException):
-        return f"{error.override} is not of the form key=value (quote values that hold = or a comma)."
-    unknown = re.match(r"Could not override '([^']+)'", text)
-    if unknown:
-        schema: Any = OmegaConf.to_container(OmegaConf.structured(RunConfig))
-        near = difflib.get_close_matches(unknown[1], [*flatten(schema), "model", "data"], 1, 0.5)
-        return f"{unknown[1]} is no option" + (f"; did you mean {near[0]}?" if near else ".")
-    group = re.search(r"Could not find '(\w+)/([^']+)'", text)
-    if group:
-        choices = sorted(path.stem for path in (CONF / group[1]).glob("*.yaml"))
-        return f"{group[1]}={group[2]} must be one of {', '.join(choices)}."
-    missing = re.match(r"Structured config of type `\w+` has missing mandatory value: (\w+)", text)
-    if missing:
-        return f"{missing[1]} is not set; add {missing[1]}=DIR, the folder that the run is kept in."
-    cause = str(error.__cause__ or error)
-    key = re.search(r"full_key: (\S+)", cause)
-    return f"{key[1]}: {cause.splitlines()[0].rstrip('.')}." if key else text

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mixmim_ds.config import ModelConfig, RunConfig
+from mixmim_ds.config import ModelConfig, PretrainConfig
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train.engine import zero_stage
 
@@ -163,7 +163,7 @@ class Mechanics:
         return offload is not None and offload.device != "none"
 
 
-def mechanics(config: RunConfig) -> Mechanics:
+def mechanics(config: PretrainConfig) -> Mechanics:
     """Of the file that `ds` names. ValueError as `zero_stage`."""
     stage = zero_stage(config)
     settings = json.loads(config.ds_path.read_text())
@@ -188,7 +188,7 @@ class States:
         return held + max(working, self.step)
 
 
-def states(sizes: list[int], config: RunConfig, processes: int) -> States:
+def states(sizes: list[int], config: PretrainConfig, processes: int) -> States:
     """Model states on each GPU.
 
     Args:

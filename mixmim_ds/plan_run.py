@@ -8,7 +8,8 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.models import MixMIM
 from mixmim_ds.plan_memory import (
     MODES,
@@ -84,7 +85,7 @@ class Words:
         return (1 - HEADROOM) * GPUS[self.gpu].memory_gb * 1e9
 
 
-def parse(words: list[str]) -> tuple[Words, RunConfig]:
+def parse(words: list[str]) -> tuple[Words, PretrainConfig]:
     """The planner's words and the run that the others describe; data and run folder need not be given.
 
     Raises:
@@ -131,7 +132,7 @@ class Plan:
     """All that is planned. Bytes, seconds, images."""
 
     words: Words
-    config: RunConfig  # with the recommended setting
+    config: PretrainConfig  # with the recommended setting
     parameters: int
     flops_per_image: int  # of a forward pass
     rows: list[Row]
@@ -156,7 +157,7 @@ class Plan:
         return None if self.step is None else self.steps * self.step.seconds + self.saves * self.checkpoint_s
 
 
-def with_setting(config: RunConfig, ds: str, mode: str, micro_batch: int) -> RunConfig:
+def with_setting(config: PretrainConfig, ds: str, mode: str, micro_batch: int) -> PretrainConfig:
     """The run under another setting of what may differ between two starts."""
     train = replace(config.train, micro_batch=micro_batch)
     return replace(config, ds=ds, activation_checkpointing=mode, train=train)
@@ -176,7 +177,7 @@ def micro_batches(global_batch: int, gpus: int) -> list[int]:
 class Memory:
     """What fits, for a run's model on its GPUs."""
 
-    def __init__(self, words: Words, config: RunConfig, model: MixMIM) -> None:
+    def __init__(self, words: Words, config: PretrainConfig, model: MixMIM) -> None:
         self.words, self.config = words, config
         self.sizes = [parameter.numel() for parameter in model.parameters()]
         with attention_of_cuda():
@@ -205,7 +206,7 @@ class Memory:
         )
 
 
-def plan(words: Words, config: RunConfig) -> Plan:
+def plan(words: Words, config: PretrainConfig) -> Plan:
     """The whole plan.
 
     Raises:
@@ -238,7 +239,7 @@ def plan(words: Words, config: RunConfig) -> Plan:
     return done if image_s is None else _with_scaling(done, image_s)
 
 
-def _image_s(words: Words, config: RunConfig, flops: int, mode: str) -> float | None:
+def _image_s(words: Words, config: PretrainConfig, flops: int, mode: str) -> float | None:
     if words.img_s is not None:
         return 1 / words.img_s
     if config.precision == "fp32":  # no peak is known, as for the MFU of a run
@@ -246,7 +247,7 @@ def _image_s(words: Words, config: RunConfig, flops: int, mode: str) -> float | 
     return seconds_per_image(flops, mode, PEAK_FLOPS[GPUS[words.gpu].peak], words.mfu)
 
 
-def _asked_for(config: RunConfig, memory: Memory, candidates: list[int]) -> str:
+def _asked_for(config: PretrainConfig, memory: Memory, candidates: list[int]) -> str:
     """Whether the run fits as its options stand."""
     size, mode = config.train.micro_batch, config.activation_checkpointing
     setting = f"ds={config.ds} train.micro_batch={size} activation_checkpointing={mode}"

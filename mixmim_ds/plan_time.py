@@ -8,7 +8,7 @@ less, and the data path.
 
 from dataclasses import dataclass
 
-from mixmim_ds.config import RunConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.plan_memory import DTYPES, mechanics
 
 
@@ -65,7 +65,7 @@ class Traffic:
         return sending, hidden / sending if sending else 0.0, sending - (hidden if self.overlap else 0.0)
 
 
-def traffic(total: int, config: RunConfig, gpus: int, accumulation: int) -> Traffic:
+def traffic(total: int, config: PretrainConfig, gpus: int, accumulation: int) -> Traffic:
     """What the engine sends in a step, as DeepSpeed 0.19.8 does it.
 
     ZeRO-1 sums over micro-batches first and all-reduces once; in bf16 that is after the last backward pass, whatever
@@ -90,7 +90,7 @@ def traffic(total: int, config: RunConfig, gpus: int, accumulation: int) -> Traf
     return Traffic(accumulation * once, accumulation * weights, accumulation * once, overlap)
 
 
-def checkpoint_bytes(total: int, buffers: int, config: RunConfig, gpus: int) -> int:
+def checkpoint_bytes(total: int, buffers: int, config: PretrainConfig, gpus: int) -> int:
     """A checkpoint's files: masters and two moments in fp32; under ZeRO-1 and 2 once the weights in the working
     precision and the buffers (bytes), under ZeRO-3 the buffers of every process."""
     if mechanics(config).stage == 3:
@@ -124,7 +124,7 @@ class Step:
         return self.global_batch / self.seconds
 
 
-def step_of(config: RunConfig, total: int, gpus: int, accumulation: int, image_s: float, machine: Machine) -> Step:
+def step_of(config: PretrainConfig, total: int, gpus: int, accumulation: int, image_s: float, machine: Machine) -> Step:
     """A step of the run's micro-batch and mode.
 
     Args:

@@ -21,6 +21,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"  # of the weights, kept beside the moments by runs with optim.ema_decay
 # What DeepSpeed's files hold beside tensors; a file that asks for anything else is not read.
 HARMLESS = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 Shapes = list[dict[str, torch.Size]]  # of the parameters, by group
@@ -48,7 +49,7 @@ class Saved:
     """The state of a run, by the parameters' names."""
 
     masters: dict[str, Scattered]  # fp32 parameters
-    moments: dict[str, dict[str, Scattered]]  # Adam's: "exp_avg" and "exp_avg_sq"
+    moments: dict[str, dict[str, Scattered]]  # Adam's, "exp_avg" and "exp_avg_sq", and perhaps AVERAGE
     updates: int  # that Adam has counted
     buffers: dict[str, Scattered]
     loss_scaler: DynamicLossScaler | None  # of fp16: the scale, and how many steps ago it changed
@@ -71,7 +72,8 @@ def read_saved(folder: Path) -> Saved:
         masters = cut(vectors, shapes, gaps)
         moments = {
             key: cut([[group[key] for _, group in sorted(groups.items())] for groups in adam], shapes, gaps)
-            for key in MOMENTS
+            for key in (*MOMENTS, AVERAGE)
+            if key in adam[0][0]
         }
         buffers = {name: state["module"][name] for name in state["buffer_names"]}
         scaler = ranks[0].get("loss_scaler")

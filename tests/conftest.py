@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from launching import ROOT, run, tasks
-
-Shared = Callable[[str, Callable[[Path], object]], Path]
+from launching import ROOT, Shared, run, tasks
 
 
 @pytest.fixture(scope="session")

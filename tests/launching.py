@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+Shared = Callable[[str, Callable[[Path], object]], Path]  # see the fixture `shared`
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mixmim_ds.train.pretrain", "mixmim_ds.export.to_timm", "mixmim_ds.plan_run"])
+FORKS.set_forkserver_preload(["mixmim_ds.train.pretrain", "mixmim_ds.train.finetune", "mixmim_ds.plan_run"])
 
 
 def free_port() -> int:

@@ -12,7 +12,8 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 
 from mixmim_ds.checkpoints import append_whole
-from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import Loader, MicroBatch
 from mixmim_ds.train import checkpoint, pretrain
 
@@ -31,7 +32,7 @@ def write_and_tell(saver: checkpoint.Saver, step: int) -> None:
         torch.save((masters, working), Path(config.run_dir) / "live.pt")
 
 
-def open_and_tell(config: RunConfig, *arguments: Any) -> Loader:
+def open_and_tell(config: PretrainConfig, *arguments: Any) -> Loader:
     loader: Any = open_loader(config, *arguments)
     batches = loader.batches
 

@@ -5,15 +5,15 @@ import itertools
 import numpy as np
 import torch
 
-from mixmim_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from mixmim_ds.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from mixmim_ds.data.loader import Loader, MicroBatch, Share, open_loader
 from mixmim_ds.data.shards import Images
 
 CPU = torch.device("cpu")
 
 
-def config_of_loader() -> RunConfig:
-    return RunConfig(
+def config_of_loader() -> PretrainConfig:
+    return PretrainConfig(
         run_dir="unused",
         model=ModelConfig("mixmim_tiny", img_size=64),
         data=DataConfig(root="unused", threads=2),

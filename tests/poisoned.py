@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from mixmim_ds.config import load_config
+from mixmim_ds.compose import load_config
 from mixmim_ds.data.loader import Loader, MicroBatch
 from mixmim_ds.train import pretrain
 from mixmim_ds.train.distributed import RunFailed

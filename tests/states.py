@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.models import build_model, groups
 from mixmim_ds.plan_memory import Ledger
 from mixmim_ds.train.checkpoint import Saver
@@ -69,7 +70,7 @@ def sizes(kinds: dict[str, list[Tensor]]) -> dict[str, int]:
     }
 
 
-def observe(config: RunConfig, world: World) -> None:
+def observe(config: PretrainConfig, world: World) -> None:
     """Trains and saves."""
     torch.manual_seed(0)
     engine = build_engine(config, build_model(config.model), world)

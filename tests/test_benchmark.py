@@ -15,7 +15,8 @@ from mixmim_ds.benchmark.largest import largest_even, largest_micro_batch, with_
 from mixmim_ds.benchmark.plain import PlainMixMIM
 from mixmim_ds.benchmark.sides import PHASES, time_steps
 from mixmim_ds.benchmark.timing import in_turn, medians
-from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.distributed import connect, disconnect
 
@@ -156,7 +157,7 @@ def test_the_largest_even_number_is_found(most: int, largest: int) -> None:
 
 
 def test_running_out_of_memory_ends_the_search() -> None:
-    def step(config: RunConfig, most: int) -> None:
+    def step(config: PretrainConfig, most: int) -> None:
         assert config.train.global_batch == config.train.micro_batch
         if config.train.micro_batch > most:
             raise torch.OutOfMemoryError("an artificial limit")

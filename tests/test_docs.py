@@ -7,7 +7,8 @@ from dataclasses import asdict
 import pytest
 from launching import ROOT
 
-from mixmim_ds.config import flatten, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import flatten
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(ROOT.glob("*.md")) + [ROOT / "ds_configs" / "README.md"]

@@ -11,7 +11,8 @@ from launching import ROOT, tasks
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.models import MixMIM, build_model, groups
 from mixmim_ds.plan_memory import DTYPES, MODES, Ledger, activations, attention_of_cuda, count, model_on_meta, states
 from mixmim_ds.plan_run import GPUS, micro_batches, parse, plan
@@ -24,10 +25,10 @@ STAGE_NUMBERS = (1, 2, 3)
 
 TINY = ["model=tiny", "data=synthetic", "train.global_batch=32", "train.micro_batch=8"]
 
-Held = dict[int, tuple[RunConfig, dict[str, Any]]]
+Held = dict[int, tuple[PretrainConfig, dict[str, Any]]]
 
 
-def tiny(*overrides: str) -> RunConfig:
+def tiny(*overrides: str) -> PretrainConfig:
     return load_config(["run_dir=DIR", *TINY, *overrides])
 
 

@@ -14,13 +14,13 @@ from mixmim_ds.benchmark.disk import scratch, size_of
 from mixmim_ds.benchmark.options import run_options
 from mixmim_ds.benchmark.report import Measured
 from mixmim_ds.benchmark.timing import in_turn, medians, spread
-from mixmim_ds.config import RunConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.models import build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.distributed import World, connect, disconnect, on_first_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation, build_engine
-from mixmim_ds.train.pretrain import resume
+from mixmim_ds.train.loop import resume
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         disconnect()
 
 
-def _time(arguments: argparse.Namespace, config: RunConfig, world: World) -> dict[str, Any]:
+def _time(arguments: argparse.Namespace, config: PretrainConfig, world: World) -> dict[str, Any]:
     engine = build_engine(config, build_model(config.model), world)
     turns = accumulation(config, world.size)
     batches = open_loader(config, None, Share(world.rank, world.size, turns), world.device, share_of_cores()).batches(0)

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import torch
 
-from mixmim_ds.config import RunConfig
+from mixmim_ds.config import PretrainConfig
 
 LIMIT = 8192  # images; beyond it a larger micro-batch makes no step faster
 
 
-def with_micro_batch(config: RunConfig, size: int) -> RunConfig:
+def with_micro_batch(config: PretrainConfig, size: int) -> PretrainConfig:
     """The run with steps of a single micro-batch of that size."""
     return replace(config, train=replace(config.train, micro_batch=size, global_batch=size))
 
 
-def largest_micro_batch(config: RunConfig, step: Callable[[RunConfig], object]) -> int:
+def largest_micro_batch(config: PretrainConfig, step: Callable[[PretrainConfig], object]) -> int:
     """The largest even micro-batch of which `step` runs without torch.OutOfMemoryError.
 
     Args:

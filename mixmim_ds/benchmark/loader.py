@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from mixmim_ds.benchmark.options import run_options
 from mixmim_ds.benchmark.report import Measured
 from mixmim_ds.benchmark.timing import in_turn, medians, spread
-from mixmim_ds.config import RunConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.data.shards import Images
 from mixmim_ds.train.distributed import World, connect, disconnect, share_of_cores
@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 class Photographs(Dataset[Tensor]):
     """The images of an index, cut and normalised by torchvision as the run's options say."""
 
-    def __init__(self, index: Images, config: RunConfig) -> None:
+    def __init__(self, index: Images, config: PretrainConfig) -> None:
         data, size = config.data, config.model.img_size
         self.index = index
         self.transform = transforms.Compose(
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         raise ValueError("--batches must be at least 1.")
     world = connect(config.train.start_timeout_s)
     try:
-        index = find_images(config, world)
+        index = find_images(config.data, world)
         if index is None:
             raise ValueError("loader measures real images; give data.root=DIR instead of data=synthetic.")
         rows = {}
@@ -103,7 +103,7 @@ def thread_numbers(given: str | None) -> list[int]:
     return [int(word) for word in words]
 
 
-def dali(config: RunConfig, index: Images, world: World, threads: int) -> Tensors:
+def dali(config: PretrainConfig, index: Images, world: World, threads: int) -> Tensors:
     """The run's loader, without a model."""
     config = replace(config, data=replace(config.data, threads=threads))
     share = Share(world.rank, world.size, accumulation(config, world.size))
@@ -111,7 +111,7 @@ def dali(config: RunConfig, index: Images, world: World, threads: int) -> Tensor
         yield batch.images
 
 
-def torchvision_loader(config: RunConfig, index: Images, world: World, threads: int) -> Tensors:
+def torchvision_loader(config: PretrainConfig, index: Images, world: World, threads: int) -> Tensors:
     """As many workers as DALI has threads; to the GPU if there is one."""
     images, on_gpu = Photographs(index, config), world.device.type == "cuda"
     sampler = RandomSampler(images, replacement=True, num_samples=2**31)
@@ -123,7 +123,7 @@ def torchvision_loader(config: RunConfig, index: Images, world: World, threads: 
         yield batch.to(world.device, non_blocking=True)
 
 
-def _rate(open_side: Callable[[], Tensors], config: RunConfig, batches: int, world: World) -> dict[str, float]:
+def _rate(open_side: Callable[[], Tensors], config: PretrainConfig, batches: int, world: World) -> dict[str, float]:
     """Images per second of this process, from a loader made for the purpose: one that waited would have its queue full,
     and would fill it again at the other's expense. As many as the queue holds are taken first."""
     with closing(open_side()) as images:
@@ -144,7 +144,7 @@ def _wait(world: World) -> None:
         torch.cuda.synchronize()
 
 
-def _describe(arguments: argparse.Namespace, config: RunConfig, index: Images, world: World) -> dict[str, Any]:
+def _describe(arguments: argparse.Namespace, config: PretrainConfig, index: Images, world: World) -> dict[str, Any]:
     sides = np.median(index.sizes, axis=0).astype(int)
     return {
         "images": len(index), "median_height": int(sides[0]), "median_width": int(sides[1]),

@@ -4,10 +4,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import PretrainConfig
 
 
-def run_options(words: list[str], defaults: Mapping[str, Any]) -> RunConfig:
+def run_options(words: list[str], defaults: Mapping[str, Any]) -> PretrainConfig:
     """The run's options, with a benchmark's own defaults where a word is not given; its global batch is one
     micro-batch of each process unless it is given.
 

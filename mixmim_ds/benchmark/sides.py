@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from mixmim_ds.benchmark.timing import Marks
-from mixmim_ds.config import RunConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import MicroBatch
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.distributed import World
@@ -34,7 +34,7 @@ class Side(Protocol):
 class Ours:
     """The engine as the run has it."""
 
-    def __init__(self, config: RunConfig, model: MixMIM, world: World) -> None:
+    def __init__(self, config: PretrainConfig, model: MixMIM, world: World) -> None:
         self.engine = build_engine(config, model, world)
 
     def forward(self, batch: MicroBatch) -> Tensor:
@@ -54,7 +54,7 @@ class Loop:
     """A model with fp32 weights under torch.autocast, as the authors train, with the same fused AdamW; without
     accumulation, in one process; fp16 with PyTorch's loss scaler."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, model: nn.Module, device: torch.device) -> None:
         self.device, self.clip = device, config.optim.clip_grad
         self.model = model.to(device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]

@@ -17,7 +17,7 @@ from mixmim_ds.benchmark.profile import communication_s, profiled, table
 from mixmim_ds.benchmark.report import Measured
 from mixmim_ds.benchmark.sides import PHASES, Loop, Ours, Side, time_steps
 from mixmim_ds.benchmark.timing import in_turn, medians, spread
-from mixmim_ds.config import RunConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train.distributed import RunFailed, World, connect, disconnect, share_of_cores
@@ -27,26 +27,26 @@ from mixmim_ds.train.pretrain import find_images
 
 STEPS = {"cuda": 10, "cpu": 1}  # of a repeat: on a GPU the host runs ahead, which a single step would not show
 OUT_OF_MEMORY = 3  # exit code of a trial
-Build = Callable[[RunConfig, World], Side]
+Build = Callable[[PretrainConfig, World], Side]
 Row = dict[str, float]
 
 
-def engine(config: RunConfig, world: World) -> Side:
+def engine(config: PretrainConfig, world: World) -> Side:
     """Our model in the run's engine."""
     return Ours(config, _model(config), world)
 
 
-def loop(config: RunConfig, world: World) -> Side:
+def loop(config: PretrainConfig, world: World) -> Side:
     """Our model, eager, in the plain method's loop: what of the difference is the model's."""
     return Loop(config, _model(config), world.device)
 
 
-def plain(config: RunConfig, world: World) -> Side:
+def plain(config: PretrainConfig, world: World) -> Side:
     """The plain method."""
     return Loop(config, PlainMixMIM(_model(config)), world.device)
 
 
-def _model(config: RunConfig) -> MixMIM:
+def _model(config: PretrainConfig) -> MixMIM:
     """With the run's first weights."""
     torch.manual_seed(config.train.seed)
     return build_model(config.model)
@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         disconnect()
 
 
-def _check(arguments: argparse.Namespace, config: RunConfig, world: World) -> None:
+def _check(arguments: argparse.Namespace, config: PretrainConfig, world: World) -> None:
     turns = accumulation(config, world.size)
     if arguments.find_micro_batch:
         given = next((word for word in arguments.words if word.startswith(("train.micro_b", "train.global_b"))), None)
@@ -103,13 +103,13 @@ def _check(arguments: argparse.Namespace, config: RunConfig, world: World) -> No
         )
 
 
-def micro_batches(config: RunConfig, world: World) -> Iterator[MicroBatch]:
+def micro_batches(config: PretrainConfig, world: World) -> Iterator[MicroBatch]:
     """This rank's, from step 0 on."""
     share = Share(world.rank, world.size, accumulation(config, world.size))
-    return open_loader(config, find_images(config, world), share, world.device, share_of_cores()).batches(0)
+    return open_loader(config, find_images(config.data, world), share, world.device, share_of_cores()).batches(0)
 
 
-def attempt(builds: list[Build], config: RunConfig) -> None:
+def attempt(builds: list[Build], config: PretrainConfig) -> None:
     """Two steps of each, with all of them held: the second step has the optimizer's state beside the activations.
 
     In a process of its own, for an engine of DeepSpeed's is never freed in the one that made it.
@@ -127,7 +127,7 @@ def attempt(builds: list[Build], config: RunConfig) -> None:
         raise RunFailed(f"a trial of train.micro_batch={config.train.micro_batch} failed, as told above.")
 
 
-def _attempt(builds: list[Build], config: RunConfig) -> None:
+def _attempt(builds: list[Build], config: PretrainConfig) -> None:
     os.environ.pop("RANK", None)  # it is no rank of its parent's run
     world = connect(config.train.start_timeout_s)
     try:
@@ -141,7 +141,7 @@ def _attempt(builds: list[Build], config: RunConfig) -> None:
 
 
 def _time(
-    arguments: argparse.Namespace, config: RunConfig, world: World, builds: dict[str, Build]
+    arguments: argparse.Namespace, config: PretrainConfig, world: World, builds: dict[str, Build]
 ) -> tuple[dict[str, Any], list[str]]:
     """The numbers and the tables of operators."""
     turns, steps, batches = accumulation(config, world.size), STEPS[world.device.type], micro_batches(config, world)
@@ -187,7 +187,7 @@ def _ratios(numbers: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _describe(config: RunConfig, world: World, turns: int) -> dict[str, Any]:
+def _describe(config: PretrainConfig, world: World, turns: int) -> dict[str, Any]:
     return {
         "model": config.model.encoder, "img_size": config.model.img_size, "precision": config.precision,
         "ds": config.ds, "compile": config.compile, "activation_checkpointing": config.activation_checkpointing,
@@ -196,7 +196,7 @@ def _describe(config: RunConfig, world: World, turns: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rates(config: RunConfig, world: World, rows: list[Row], flops: int) -> dict[str, Any]:
+def _rates(config: PretrainConfig, world: World, rows: list[Row], flops: int) -> dict[str, Any]:
     """Medians of one side. MFU as in a run's metrics: 3 x forward FLOPs x images/s of a GPU over its peak."""
     middle, peak = medians(rows), peak_flops(config.precision)
     rate = config.train.global_batch / middle["step_s"]

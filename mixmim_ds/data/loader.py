@@ -2,16 +2,16 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from mixmim_ds.config import DataConfig, RunConfig
+from mixmim_ds.config import DataConfig, PretrainConfig, RunConfig
 from mixmim_ds.data.dali import DecodeError, Fed, Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
 from mixmim_ds.data.quarantine import DataFailed, Quarantine
@@ -23,25 +23,51 @@ RETRIES = 3  # of a batch whose images all decode alone, or that S3 does not giv
 DOWN_S = 30  # that S3 gets to come back before a retry; the client soon makes none of its own (its retry quota)
 
 
+class Batch(Protocol):
+    """Images of one forward pass."""
+
+    @property
+    def images(self) -> Tensor:
+        """float32 [B, 3, H, W] on the device, normalised by the data's mean and std."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64 [B], rows of the index."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """What the model is called with: the images, and what goes with them."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Images of one forward pass; the partner of image i is image B-1-i."""
+    """Images of one forward pass of pretraining; the partner of image i is image B-1-i."""
 
-    images: Tensor  # float32 [B, 3, H, W] on the device, normalised by the data's mean and std
+    images: Tensor  # see `Batch`
     mask: Tensor  # bool [H/32, W/32] on the device, True = taken from the partner
-    ids: np.ndarray  # int64 [B], rows of the index
+    ids: np.ndarray  # see `Batch`
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """See `Batch`."""
+        return self.images, self.mask
 
 
-class Loader(Protocol):
+B = TypeVar("B", covariant=True)
+
+
+class Loader(Protocol[B]):
     """Source of micro-batches."""
 
-    plan: Plan
+    @property
+    def plan(self) -> Plan:
+        """What the micro-batches hold."""
 
-    wait_s: float  # seconds that the loop has waited for `batches` so far
+    @property
+    def bad(self) -> dict[int, str]:
+        """Broken images known, by row of the index, and why; what other ranks have met may be added."""
 
-    bad: dict[int, str]  # broken images known, by row of the index, and why; what other ranks have met may be added
-
-    def batches(self, start: int) -> Iterator[MicroBatch]:
+    def batches(self, start: int) -> Iterator[B]:
         """This rank's micro-batches of step `start`, of the next, and so on without end.
 
         Broken images are replaced by the plan's next choice, whatever `bad` holds.
@@ -65,7 +91,9 @@ class Share:
         return step, k * self.size + self.rank
 
 
-def open_loader(config: RunConfig, index: Images | None, share: Share, device: torch.device, cores: int) -> Loader:
+def open_loader(
+    config: PretrainConfig, index: Images | None, share: Share, device: torch.device, cores: int
+) -> Loader[MicroBatch]:
     """The loader that `data.kind` names, over the images of the index (None = synthetic ones).
 
     Args:
@@ -74,22 +102,44 @@ def open_loader(config: RunConfig, index: Images | None, share: Share, device: t
     Raises:
         ValueError: the data set does not hold one global batch.
     """
-    train, model, data = config.train, config.model, config.data
-    size = (model.img_size, model.img_size)
-    plan = Plan(
+    model, data = config.model, config.data
+    grid = model.img_size // CELL
+    sizes = (
+        index.sizes if index else np.broadcast_to(np.array([model.img_size] * 2, np.int32), (data.synthetic_images, 2))
+    )
+    plan = plan_of(config, sizes, (grid, grid), model.mask_ratio)
+    if index is None:
+        return SyntheticLoader(plan, share, data, model.img_size, device)
+    normalise = Normalise(data, device)
+
+    def finish(pixels: Tensor, batch: MicroBatchPlan, step: int, k: int) -> MicroBatch:
+        mask = torch.from_numpy(batch.mask).to(device, non_blocking=True)
+        return MicroBatch(normalise(pixels), mask, batch.ids)
+
+    return DaliLoader(index, plan, share, data, model.img_size, device, data.threads or cores, finish)
+
+
+def plan_of(config: RunConfig, sizes: np.ndarray, mask_grid: tuple[int, int], mask_ratio: float) -> Plan:
+    """The plan that a run's options describe.
+
+    Args:
+        sizes: int32 [N, 2], height and width of the images.
+
+    Raises:
+        ValueError: the data set does not hold one global batch.
+    """
+    train, data = config.train, config.data
+    return Plan(
         seed=train.seed,
-        sizes=np.broadcast_to(np.array(size, np.int32), (data.synthetic_images, 2)) if index is None else index.sizes,
+        sizes=sizes,
         global_batch=train.global_batch,
         micro_batch=train.micro_batch,
-        mask_grid=(size[0] // CELL, size[1] // CELL),
-        mask_ratio=model.mask_ratio,
+        mask_grid=mask_grid,
+        mask_ratio=mask_ratio,
         crop_scale=(data.crop_scale[0], data.crop_scale[1]),
         crop_ratio=(data.crop_ratio[0], data.crop_ratio[1]),
         flip=data.flip,
     )
-    if index is None:
-        return SyntheticLoader(plan, share, data, model.img_size, device)
-    return DaliLoader(index, plan, share, data, model.img_size, device, data.threads or cores)
 
 
 class Normalise:
@@ -105,8 +155,13 @@ class Normalise:
         return (pixels / 255 - self.mean) / self.std
 
 
-class DaliLoader:
-    """Micro-batches of images, as files or in tar shards, cut and decoded by DALI as the plan says."""
+class DaliLoader(Generic[B]):
+    """Micro-batches of images, as files or in tar shards, cut and decoded by DALI as the plan says.
+
+    Args:
+        finish: makes a batch of pixels, uint8 [B, 3, H, W] on the device, the plan of the micro-batch, its step and its
+            number in the global batch.
+    """
 
     def __init__(
         self,
@@ -117,15 +172,15 @@ class DaliLoader:
         img_size: int,
         device: torch.device,
         threads: int,
+        finish: Callable[[Tensor, MicroBatchPlan, int, int], B],
     ) -> None:
         self.index, self.plan, self.share, self.data = index, plan, share, data
         self.img_size, self.device, self.threads = img_size, device, threads
-        self.normalise = Normalise(data, device)
+        self.finish = finish
         self.quarantine = Quarantine(index, plan, device, self._open_pipeline, self._fed)
         self.bad = self.quarantine.bad
-        self.wait_s = 0.0
 
-    def batches(self, start: int) -> Iterator[MicroBatch]:
+    def batches(self, start: int) -> Iterator[B]:
         """See `Loader`."""
         turn, failures = start * self.share.accumulation, 0
         while True:
@@ -134,9 +189,7 @@ class DaliLoader:
                     yield batch
                     turn, failures = turn + 1, 0
             except (DecodeError, StorageDown) as error:
-                began = time.perf_counter()
                 failures = self._recover(error, turn, failures)
-                self.wait_s += time.perf_counter() - began
 
     def _recover(self, error: DecodeError | StorageDown, turn: int, failures: int) -> int:
         """Finds the broken images of a micro-batch that failed; how often in a row it has without one, this time too.
@@ -160,7 +213,7 @@ class DaliLoader:
             time.sleep(DOWN_S)
         return failures + 1
 
-    def _batches_until_failure(self, first: int) -> Iterator[MicroBatch]:
+    def _batches_until_failure(self, first: int) -> Iterator[B]:
         """This rank's micro-batches from number `first` on; DecodeError once one cannot be decoded."""
         planned: dict[int, MicroBatchPlan] = {}
 
@@ -168,15 +221,10 @@ class DaliLoader:
             planned[iteration] = self.quarantine.micro_batch_at(*self.share.place(first + iteration))
             return self._fed(planned[iteration])
 
-        began = time.perf_counter()
         pipeline = self._open_pipeline(feed, self.plan.micro_batch, self.data.prefetch)
         for iteration in itertools.count():
             pixels = run_pipeline(pipeline, self.device)
-            batch = planned.pop(iteration)
-            mask = torch.from_numpy(batch.mask).to(self.device, non_blocking=True)
-            self.wait_s += time.perf_counter() - began
-            yield MicroBatch(self.normalise(pixels), mask, batch.ids)
-            began = time.perf_counter()
+            yield self.finish(pixels, planned.pop(iteration), *self.share.place(first + iteration))
 
     def _open_pipeline(self, feed: Feed, batch: int, prefetch: int) -> Pipeline:
         return build_pipeline(feed, self.index.gives, batch, self.img_size, self.device, self.threads, prefetch)
@@ -197,7 +245,6 @@ class SyntheticLoader:
         shape = (plan.micro_batch, 3, img_size, img_size)
         pixels = torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
         self.images = Normalise(data, device)(pixels)
-        self.wait_s = 0.0
         self.bad: dict[int, str] = {}
 
     def batches(self, start: int) -> Iterator[MicroBatch]:

@@ -13,7 +13,7 @@ from math import isqrt
 import numpy as np
 
 # Streams keep apart the draws that share the counters behind them. Changing one changes every run.
-ORDER, CROP, FLIP, MASK, REPLACE = range(5)
+ORDER, CROP, FLIP, MASK, REPLACE, AUGMENT, MIX = range(7)
 
 # Increment and multipliers of SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number
 # generators", OOPSLA 2014, with the finaliser of Vigna's public-domain https://prng.di.unimi.it/splitmix64.c

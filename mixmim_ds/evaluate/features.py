@@ -6,7 +6,6 @@ B images of a batch    N images of a set    D channels
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -14,14 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixmim_ds.config import DataConfig
-from mixmim_ds.data.dali import DecodeError, Fed, build_pipeline, run_pipeline
+from mixmim_ds.data.labelled import central_batches
 from mixmim_ds.data.loader import Normalise
-from mixmim_ds.data.shards import Images, open_images
+from mixmim_ds.data.shards import Images
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import MixMIMTransformer
-from mixmim_ds.train.distributed import share_of_cores
 
-CROP = 224 / 256  # share of the shorter side that evaluation at 224 looks at; larger images are taken whole
 RANDOM = "random:"
 
 
@@ -47,19 +44,24 @@ class View:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A set of images as vectors."""
+class Vectors:
+    """A labelled set of images as vectors."""
 
     vectors: Tensor  # float32 [N, D]
     labels: Tensor  # int64 [N], positions in the classes of the training set
 
 
-def load_encoder(source: str, seed: int) -> MixMIMTransformer:
+def load_encoder(source: str, seed: int, head: bool = False) -> MixMIMTransformer:
     """The encoder of an exported folder, of a run or one of its checkpoints, or an untrained one ("random:tiny").
+
+    Args:
+        seed: of the untrained one's weights.
+        head: with the classifier that it has, if it has one.
 
     Raises:
         ValueError: there is none.
     """
+    classes = {} if head else {"num_classes": 0}
     if source.startswith(RANDOM):
         name = f"mixmim_{source.removeprefix(RANDOM)}"
         if not timm.is_model(name):
@@ -67,73 +69,36 @@ def load_encoder(source: str, seed: int) -> MixMIMTransformer:
         torch.manual_seed(seed)
         return timm.create_model(name, num_classes=0)
     if Path(source, "config.json").is_file():
-        return timm.create_model(f"local-dir:{source}", pretrained=True, num_classes=0)
+        return timm.create_model(f"local-dir:{source}", pretrained=True, **classes)
     weights = read_weights(Path(source))
-    encoder = timm.create_model(weights.config.model.encoder, img_size=weights.config.model.img_size, num_classes=0)
-    encoder.load_state_dict({name: pieces.contiguous() for name, pieces in weights.encoder.items()})
-    encoder.pretrained_cfg |= {"mean": tuple(weights.config.data.mean), "std": tuple(weights.config.data.std)}
+    model, data = weights.config.model, weights.config.data
+    found = {name: pieces.contiguous() for name, pieces in weights.encoder.items()}
+    kept = {name: tensor for name, tensor in found.items() if head or not name.startswith("head.")}
+    encoder: MixMIMTransformer = timm.create_model(
+        model.encoder, img_size=model.img_size, num_classes=len(kept.get("head.fc.bias", ()))
+    )
+    encoder.load_state_dict(kept)
+    encoder.pretrained_cfg |= {"mean": tuple(data.mean), "std": tuple(data.std)}
     return encoder
 
 
-def open_labelled(root: Path, index_dir: Path) -> tuple[Images, Images]:
-    """The indices of `root`/train and `root`/val.
-
-    Raises:
-        ValueError: one is missing or has no classes, or the classes of val are not among those of train.
-    """
-    found = []
-    for part in ("train", "val"):
-        index = open_images(DataConfig(root=str(root / part), index_dir=str(index_dir)), progress=True)
-        assert index is not None
-        if (np.asarray(index.labels) < 0).any() or len(index.classes) < 2:
-            raise ValueError(f"--data: {root / part} must hold a folder for each of at least two classes.")
-        found.append(index)
-    strange = sorted(set(found[1].classes) - set(found[0].classes))
-    if strange:
-        raise ValueError(f"--data: {root / 'val'} has the class {strange[0]}, which {root / 'train'} lacks.")
-    return found[0], found[1]
-
-
-def central_windows(sizes: np.ndarray, share: float) -> np.ndarray:
-    """Squares in the middle of images: sizes int [B, 2] -> top, left, height and width, int32 [B, 4]."""
-    side = np.maximum(np.round(sizes.min(1) * share).astype(np.int32), 1)
-    corner = (sizes - side[:, None]) // 2
-    return np.column_stack([corner, side, side]).astype(np.int32)
+def normalise_of(encoder: MixMIMTransformer, device: torch.device) -> Normalise:
+    """By the mean and deviation that the encoder was trained with."""
+    options = resolve_data_config(encoder.pretrained_cfg)
+    return Normalise(DataConfig(root="-", mean=list(options["mean"]), std=list(options["std"])), device)
 
 
 @torch.inference_mode()
-def extract(encoder: MixMIMTransformer, view: View, index: Images, device: torch.device, batch: int) -> Tensor:
+def extract(
+    encoder: MixMIMTransformer, view: View, images: Images, device: torch.device, threads: int, batch: int
+) -> Tensor:
     """The vectors of all images, each once, in the order of the index: float32 [N, D].
 
     Raises:
         ValueError: an image cannot be decoded.
     """
-    size = encoder.patch_embed.img_size[0]
-    share = CROP if size <= 224 else 1.0
-    ids = np.arange(-(-len(index) // batch) * batch) % len(index)  # the last batch is filled up with the first images
-
-    def feed(iteration: int) -> Fed:
-        rows = ids[iteration * batch : (iteration + 1) * batch] if iteration * batch < len(ids) else ids[:batch]
-        windows = central_windows(index.sizes[rows], share)
-        corner, sides = np.ascontiguousarray(windows[:, :2]), np.ascontiguousarray(windows[:, 2:])
-        return index.give(rows), corner, sides, np.zeros(batch, np.int32)
-
-    options = resolve_data_config(encoder.pretrained_cfg)
-    normalise = Normalise(DataConfig(root="-", mean=list(options["mean"]), std=list(options["std"])), device)
+    size, normalise = encoder.patch_embed.img_size[0], normalise_of(encoder, device)
     encoder = encoder.to(device).eval()
-    pipeline = build_pipeline(feed, index.gives, batch, size, device, share_of_cores(), prefetch=2)
-    vectors = []
-    try:
-        for _ in tqdm(range(len(ids) // batch), "features", unit=" batches", disable=None):
-            vectors.append(view(encoder, normalise(run_pipeline(pipeline, device))).cpu())
-    except DecodeError as error:
-        raise ValueError(
-            "--data holds images that cannot be decoded: python launch/index.py DIR --verify lists them; take them out."
-        ) from error
-    return torch.cat(vectors)[: len(index)]
-
-
-def labels_of(index: Images, classes: list[str]) -> Tensor:
-    """The labels of all images as positions in `classes`, int64 [N]."""
-    position = torch.tensor([classes.index(name) for name in index.classes])
-    return position[torch.from_numpy(np.array(index.labels, np.int64))]
+    batches = central_batches(images, size, normalise, device, threads, batch)
+    told = tqdm(batches, "features", -(-len(images) // batch), unit=" batches", disable=None)
+    return torch.cat([view(encoder, pixels)[: len(rows)].cpu() for pixels, rows in told])

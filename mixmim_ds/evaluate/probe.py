@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmim_ds.evaluate.features import Labelled
+from mixmim_ds.evaluate.features import Vectors
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # those of Wu et al. (arXiv 1805.01978) and DINO, but that they look at more
 ROWS = 1024  # of the validation set at once
@@ -16,7 +16,7 @@ HELD_OUT = 5  # every fifth image of the training set chooses among them
 STEPS = 100
 
 
-def accuracy_of_neighbours(train: Labelled, val: Labelled) -> float:
+def accuracy_of_neighbours(train: Vectors, val: Vectors) -> float:
     """Top-1 of votes by the nearest vectors by cosine, each weighted by exp(similarity / temperature)."""
     known, classes = F.normalize(train.vectors), int(train.labels.max()) + 1
     right = 0
@@ -29,17 +29,17 @@ def accuracy_of_neighbours(train: Labelled, val: Labelled) -> float:
     return right / len(val.labels)
 
 
-def accuracy_of_classifier(train: Labelled, val: Labelled) -> tuple[float, float]:
+def accuracy_of_classifier(train: Vectors, val: Vectors) -> tuple[float, float]:
     """Top-1 of a linear classifier on the vectors, and its weight decay, chosen on a part of the training set."""
     held_out = torch.arange(len(train.labels)) % HELD_OUT == 0
-    part = Labelled(train.vectors[~held_out], train.labels[~held_out])
-    judge = Labelled(train.vectors[held_out], train.labels[held_out])
+    part = Vectors(train.vectors[~held_out], train.labels[~held_out])
+    judge = Vectors(train.vectors[held_out], train.labels[held_out])
     scores = {penalty: _score(part, judge, penalty) for penalty in PENALTIES}
     best = max(scores, key=lambda penalty: scores[penalty])
     return _score(train, val, best), best
 
 
-def _score(train: Labelled, val: Labelled, penalty: float) -> float:
+def _score(train: Vectors, val: Vectors, penalty: float) -> float:
     spread, middle = torch.std_mean(train.vectors, 0)
     inputs, tested = ((each.vectors - middle) / (spread + 1e-6) for each in (train, val))
     weight, bias = fit(inputs, train.labels, int(max(train.labels.max(), val.labels.max())) + 1, penalty)

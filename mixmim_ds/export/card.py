@@ -9,7 +9,7 @@ from timm.models._hub import generate_readme
 
 from mixmim_ds.checkpoints import Checkpoint, sha256
 from mixmim_ds.export.weights import Weights
-from mixmim_ds.models import MixMIMTransformer
+from mixmim_ds.models import MixMIM, MixMIMTransformer
 
 CITATION = """@article{liu2022mixmim,
   title={MixMAE: Mixed and Masked Autoencoder for Efficient Pretraining of Hierarchical Vision Transformers},
@@ -23,18 +23,37 @@ def card_of_run(weights: Weights, name: str, dtype: torch.dtype) -> str:
     """Markdown with the front matter of timm's model cards: recipe, data, steps, loss and versions."""
     config, checkpoint = weights.config, weights.checkpoint
     lr = config.optim.base_lr * config.train.global_batch / 256
+    recipe = (
+        f"{config.train.epochs} epochs planned, batch {config.train.global_batch}, AdamW with peak lr {lr:g}, weight "
+        f"decay {config.optim.weight_decay}, {config.optim.warmup_epochs} warm-up epochs, {config.precision}, seed "
+        f"{config.train.seed}"
+    )
     details = {
         "Normalisation": f"mean {list(config.data.mean)}, std {list(config.data.std)}",
-        "Pretraining": f"MixMIM (arXiv 2205.13137), mask ratio {config.model.mask_ratio}, "
-        f"{'normalised pixels' if config.model.norm_pix_loss else 'pixels'}, {config.train.epochs} epochs planned, "
-        f"batch {config.train.global_batch}, AdamW with peak lr {lr:g}, weight decay {config.optim.weight_decay}, "
-        f"{config.optim.warmup_epochs} warm-up epochs, {config.precision}, seed {config.train.seed}",
+        **(
+            _pretrained(config, recipe) if isinstance(weights.model, MixMIM) else _finetuned(config, recipe, checkpoint)
+        ),
         "Steps": f"{checkpoint.step:,}",
         "Loss": _loss(checkpoint),
         "Data": f"{config.data.kind}, fingerprint {config.data.fingerprint}",
         "Versions": ", ".join(f"{package} {number}" for package, number in _versions(checkpoint).items()),
     }
     return _card(weights.model.encoder, name, dtype, details)
+
+
+def _pretrained(config: Any, recipe: str) -> dict[str, str]:
+    pixels = "normalised pixels" if config.model.norm_pix_loss else "pixels"
+    return {"Pretraining": f"MixMIM (arXiv 2205.13137), mask ratio {config.model.mask_ratio}, {pixels}, {recipe}"}
+
+
+def _finetuned(config: Any, recipe: str, checkpoint: Checkpoint) -> dict[str, str]:
+    optim, augment = config.optim, ", ".join(f"{name} {value}" for name, value in config.augment.items())
+    average = f", average of the weights with decay {optim.ema_decay}" if optim.ema_decay else ""
+    return {
+        "Fine-tuning": f"from {config.init}, {recipe}, layer decay {optim.layer_decay}, drop path "
+        f"{config.model.drop_path}, {augment}{average}",
+        "Top-1": _top1(checkpoint),
+    }
 
 
 def card_of_file(encoder: MixMIMTransformer, source: Path, name: str, dtype: torch.dtype) -> str:
@@ -63,10 +82,21 @@ def _card(encoder: MixMIMTransformer, name: str, dtype: torch.dtype, history: di
 
 def _loss(checkpoint: Checkpoint) -> str:
     """The last one reported up to the checkpoint."""
-    path = checkpoint.path.parent.parent / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["step"] <= checkpoint.step]
+    rows = _rows(checkpoint, "metrics.jsonl")
     return f"{rows[-1]['loss']:.4f} at step {rows[-1]['step']:,}" if rows else "not reported"
+
+
+def _top1(checkpoint: Checkpoint) -> str:
+    """Of the checkpoint itself."""
+    rows = [row for row in _rows(checkpoint, "evaluations.jsonl") if row["step"] == checkpoint.step]
+    return f"{rows[-1]['top1']:.2%} of {rows[-1]['images']:,} images" if rows else "not measured"
+
+
+def _rows(checkpoint: Checkpoint, name: str) -> list[dict[str, Any]]:
+    """Those of a file of the run, up to the checkpoint."""
+    path = checkpoint.path.parent.parent / name
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row["step"] <= checkpoint.step]
 
 
 def _versions(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -24,12 +24,13 @@ def export_official(source: Path, out: Path) -> None:
     save_official(_exported(source) if (source / "config.json").is_file() else _trained(source), out)
 
 
-def _trained(source: Path) -> MixMIM:
+def _trained(source: Path) -> MixMIM | MixMIMTransformer:
+    """The whole model of pretraining, or the encoder with its classifier of fine-tuning."""
     weights = read_weights(source)
     tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     weights.model.load_state_dict(tensors, assign=True)
     reinit_non_persistent_buffers(weights.model)
-    return weights.model
+    return weights.model if isinstance(weights.model, MixMIM) else weights.model.encoder
 
 
 def _exported(folder: Path) -> MixMIM | MixMIMTransformer:

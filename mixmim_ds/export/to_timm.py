@@ -14,7 +14,8 @@ from mixmim_ds.export.card import card_of_file, card_of_run
 from mixmim_ds.export.files import Pieces, new_folder, write_safetensors
 from mixmim_ds.export.official import build_encoder, read_official
 from mixmim_ds.export.weights import read_weights
-from mixmim_ds.models import MixMIMTransformer
+from mixmim_ds.models import Classifier, MixMIMTransformer
+from mixmim_ds.models.sizes import crop_of
 
 WEIGHTS_FILE, DECODER_FILE, ARCHITECTURE_FILE = "model.safetensors", "decoder.safetensors", "mixmim.py"
 
@@ -29,7 +30,8 @@ class Form:
 
 
 def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
-    """Writes the encoder of a run's newest complete checkpoint, or of the checkpoint folder given, to `out`.
+    """Writes the encoder of a run's newest complete checkpoint, or of the checkpoint folder given, to `out`; of
+    fine-tuning that of the best, with its classifier.
 
     `out` gets model.safetensors (the optimizer's fp32 masters), config.json and README.md; the weights are read back
     and compared, and `out` appears only when all is well. It takes the memory of the fp32 weights, no GPU and no
@@ -40,9 +42,16 @@ def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
             cannot be written.
     """
     weights = read_weights(source)
-    data = {"mean": tuple(weights.config.data.mean), "std": tuple(weights.config.data.std)}
+    if form.with_decoder and not weights.decoder:
+        raise ValueError(f"--with-decoder: {source} was fine-tuned and holds no decoder; leave the option out.")
+    data: dict[str, Any] = {"mean": tuple(weights.config.data.mean), "std": tuple(weights.config.data.std)}
+    described: dict[str, Any] = {"data_config": data}
+    if isinstance(weights.model, Classifier):
+        data["crop_pct"] = crop_of(weights.config.model.img_size)
+        described["model_config"] = {"label_names": list(weights.config.data.classes)}
     decoder = weights.decoder if form.with_decoder else {}
-    _write(out, form, weights.model.encoder, weights.encoder, decoder, card_of_run(weights, out.name, form.dtype), data)
+    card = card_of_run(weights, out.name, form.dtype)
+    _write(out, form, weights.model.encoder, weights.encoder, decoder, card, described)
     return weights.checkpoint
 
 
@@ -68,14 +77,14 @@ def _write(
     tensors: Mapping[str, Pieces],
     decoder: Mapping[str, Pieces],
     card: str,
-    data: dict[str, Any],
+    described: dict[str, Any],
 ) -> None:
-    """`data`: mean and std of the images in pretraining, where they are not those of the encoder's pretrained_cfg."""
+    """`described`: for config.json, what the encoder's pretrained_cfg does not say (timm's save_config_for_hf)."""
     with new_folder(out) as draft:
         write_safetensors(draft / WEIGHTS_FILE, tensors, form.dtype)
         if decoder:
             write_safetensors(draft / DECODER_FILE, decoder, form.dtype)
-        save_config_for_hf(encoder, str(draft / "config.json"), data_config=data)
+        save_config_for_hf(encoder, str(draft / "config.json"), **described)
         (draft / "README.md").write_text(card)
         if form.architecture_file:
             (draft / ARCHITECTURE_FILE).write_text(architecture_source())

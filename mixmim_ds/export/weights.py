@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from mixmim_ds.checkpoints import Checkpoint, newest_complete, read_whole_checkpoint
+from mixmim_ds.checkpoints import BEST, Checkpoint, newest_complete, read_whole_checkpoint
 from mixmim_ds.export.layouts import ENCODER
-from mixmim_ds.models import MixMIM, build_model
-from mixmim_ds.zero_files import Scattered, read_saved
+from mixmim_ds.models import Classifier, MixMIM, build_model
+from mixmim_ds.zero_files import AVERAGE, Scattered, read_saved
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a checkpoint holds of the model: fp32 masters, parameters and fixed tables by their names in MixMIM."""
+    """What a checkpoint holds of the model: fp32 masters (with optim.ema_decay their average), parameters and fixed
+    tables by their names in the model."""
 
     checkpoint: Checkpoint
     config: Any  # the run's options
-    model: MixMIM  # on the meta device: shapes without memory
+    model: MixMIM | Classifier  # on the meta device: shapes without memory
     tensors: dict[str, Scattered]  # each is put together when asked for
 
     @property
@@ -34,7 +35,7 @@ class Weights:
 
 
 def read_weights(source: Path) -> Weights:
-    """The weights of a run's newest complete checkpoint, or of the checkpoint folder given.
+    """The weights of a run's newest complete checkpoint (its best if it was judged), or of the checkpoint given.
 
     Needs neither a GPU nor a process group, and no memory before a tensor is asked for.
 
@@ -46,9 +47,9 @@ def read_weights(source: Path) -> Weights:
     run_dir = checkpoint.path.parent.parent
     config = _read_config(run_dir)
     with torch.device("meta"):
-        model = build_model(config.model)
+        model = _build(config)
     saved = read_saved(checkpoint.path)
-    tensors = saved.masters | saved.buffers
+    tensors = saved.moments.get(AVERAGE, saved.masters) | saved.buffers
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -61,12 +62,22 @@ def read_weights(source: Path) -> Weights:
     return Weights(checkpoint, config, model, tensors)
 
 
+def _build(config: Any) -> MixMIM | Classifier:
+    """The model of a run, by the options in its config.yaml."""
+    if "init" not in config:
+        return build_model(config.model)
+    return Classifier(config.model.encoder, config.model.img_size, len(config.data.classes))
+
+
 def _find(source: Path) -> Checkpoint:
-    """The newest complete checkpoint of a run folder, or the one that `source` itself is."""
+    """The best or newest complete checkpoint of a run folder, or the one that `source` itself is."""
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give a run folder or one of its checkpoints.")
     if not (source / "checkpoints").is_dir():
         return read_whole_checkpoint(source.resolve())
+    best = source.resolve() / "checkpoints" / BEST
+    if best.is_file():
+        return read_whole_checkpoint(best.parent / best.read_text())
     newest = newest_complete(source.resolve())
     if newest is None:
         raise ValueError(f"{source} holds no complete checkpoint; the run must reach train.save_every first.")

@@ -11,10 +11,15 @@ from mixmim_ds.models.encoder import MixMIMTransformer, checkpoint_filter_fn
 from mixmim_ds.models.grids import CELL
 
 
+def crop_of(img_size: int) -> float:
+    """The share of the shorter side that evaluation looks at: 256 pixels are cut to 224, larger images taken whole."""
+    return 224 / 256 if img_size <= 224 else 1.0
+
+
 def _cfg(img_size: int = 224) -> dict[str, Any]:
     return {
         "num_classes": 1000, "input_size": (3, img_size, img_size), "pool_size": (img_size // CELL,) * 2,
-        "crop_pct": 0.875 if img_size == 224 else 1.0, "interpolation": "bicubic", "fixed_input_size": True,
+        "crop_pct": crop_of(img_size), "interpolation": "bicubic", "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj", "classifier": "head.fc", "license": "apache-2.0",
     }  # fmt: skip
@@ -23,7 +28,7 @@ def _cfg(img_size: int = 224) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         "mixmim_tiny": _cfg(), "mixmim_base": _cfg(), "mixmim_large": _cfg(), "mixmim_huge": _cfg(),
-        "mixmim_base_384": _cfg(384), "mixmim_large_384": _cfg(384),
+        "mixmim_base_384": _cfg(384), "mixmim_large_384": _cfg(384), "mixmim_huge_384": _cfg(384),
     }
 )  # fmt: skip
 
@@ -87,3 +92,10 @@ def mixmim_large_384(pretrained: bool = False, **kwargs: Any) -> MixMIMTransform
     """mixmim_large at 384 pixels: 199 M parameters, 112 GMAC."""
     size = {"img_size": 384, "embed_dim": 192, "num_heads": (6, 12, 24, 48), "window_size": _WINDOWS_384}
     return _build("mixmim_large_384", pretrained, **{**size, **kwargs})
+
+
+@register_model
+def mixmim_huge_384(pretrained: bool = False, **kwargs: Any) -> MixMIMTransformer:
+    """mixmim_huge at 384 pixels; not in the paper."""
+    size = {"img_size": 384, "embed_dim": 352, "num_heads": (11, 22, 44, 88), "window_size": _WINDOWS_384}
+    return _build("mixmim_huge_384", pretrained, **{**size, **kwargs})

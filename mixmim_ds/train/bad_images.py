@@ -34,7 +34,8 @@ class BadImages:
         Raises:
             RunFailed: more than data.max_bad_share of the data set.
         """
-        own = {i: reason for i, reason in self.bad.items() if i not in self.told}
+        met = dict(self.bad)  # a thread that reads ahead may add to it
+        own = {i: reason for i, reason in met.items() if i not in self.told}
         new = dict(ChainMap(*gather(self.world, own)))
         self.bad |= new
         self.told |= set(new)

@@ -15,7 +15,7 @@ import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mixmim_ds.checkpoints import MARKER, Checkpoint, read_checkpoint, sha256, steps_of, sync, write_whole
+from mixmim_ds.checkpoints import BEST, MARKER, Checkpoint, read_checkpoint, sha256, steps_of, sync, write_whole
 from mixmim_ds.config import RunConfig
 from mixmim_ds.train.distributed import RunFailed, World, gather, on_every_rank, on_first_rank
 from mixmim_ds.train.restore import master_vectors
@@ -68,10 +68,21 @@ class Saver:
         on_first_rank(self.world, lambda: _prune(self.folder, train.keep_last, train.keep_every))
         return time.perf_counter() - began
 
+    def path_of(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step_{step:08d}"
+
+    def spare(self, step: int) -> None:
+        """Names the checkpoint that stays as the best, whatever the keep rules say; call it on the first rank."""
+        try:
+            write_whole(self.folder / BEST, self.path_of(step).name)
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", self.folder / BEST, error.strerror)
+
     def _write(self, step: int) -> None:
         """A process killed at any moment leaves the older checkpoints as they were: everything is written under another
         name, then the marker, then the folder gets its name, then `latest` points to it. ValueError if it fails."""
-        path = self.folder / f"step_{step:08d}"
+        path = self.path_of(step)
         unfinished = path.with_name(path.name + ".tmp")
         on_every_rank(self.world, lambda: _check_finite(self.engine))
         on_first_rank(self.world, lambda: _clear(self.folder, path, unfinished))
@@ -84,7 +95,7 @@ class Saver:
         """Makes room: what was written of the checkpoint takes the last of a full disk."""
         with suppress(OSError):
             if self.world.first:
-                shutil.rmtree(self.folder / f"step_{step:08d}.tmp")
+                shutil.rmtree(self.path_of(step).with_suffix(".tmp"))
 
 
 class _Writer(TorchCheckpointEngine):
@@ -142,8 +153,10 @@ def _complete(unfinished: Path, path: Path, step: int, files: dict[str, list[Any
 
 def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
     complete = sorted(path.parent for path in folder.glob(f"step_????????/{MARKER}"))
+    best = folder / BEST
+    spared = best.read_text() if best.exists() else ""
     for path in complete[:-keep_last]:
-        if not keep_every or int(path.name.removeprefix("step_")) % keep_every:
+        if path.name != spared and (not keep_every or int(path.name.removeprefix("step_")) % keep_every):
             try:
                 _remove(path)
             except OSError as error:

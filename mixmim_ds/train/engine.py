@@ -9,9 +9,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.config import RunConfig
-from mixmim_ds.models import MixMIM
+from mixmim_ds.models import Classifier, MixMIM
 from mixmim_ds.train.distributed import World
-from mixmim_ds.train.optim import adamw
+from mixmim_ds.train.optim import ScaleOf, adamw, all_alike
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typo would pass for a setting.
 MECHANICS = {
@@ -89,14 +89,17 @@ def engine_config(config: RunConfig, processes: int) -> dict[str, Any]:
     return joined
 
 
-def build_engine(config: RunConfig, model: MixMIM, world: World) -> DeepSpeedEngine:
-    """Wraps the model for training under ZeRO with AdamW (torch's fused one: it needs no compiler)."""
+Trained = MixMIM | Classifier
+
+
+def build_engine(config: RunConfig, model: Trained, world: World, scale_of: ScaleOf = all_alike) -> DeepSpeedEngine:
+    """Wraps the model for training under ZeRO with AdamW, at each parameter's share of the learning rate."""
     mode = config.activation_checkpointing
-    model.set_grad_checkpointing(mode != "none", selective=mode == "selective")
+    model.set_grad_checkpointing(mode != "none", mode == "selective")
     if config.compile:
         for block in model.blocks():
             block.compile()
-    optimizer = adamw(model, config.optim)
+    optimizer = adamw(model, config.optim, scale_of)
     # Gloo alone serves the CPU: DeepSpeed's own all-reduce there wants a C++ compiler and never frees its memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
@@ -106,6 +109,6 @@ def build_engine(config: RunConfig, model: MixMIM, world: World) -> DeepSpeedEng
 
 
 def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
-    """Writes the learning rate of the next update into the groups that the engine steps with."""
+    """Writes the learning rate of the next update, or its share, into the groups that the engine steps with."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

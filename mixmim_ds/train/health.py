@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mixmim_ds.config import RunConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.data.shards import open_images
 from mixmim_ds.models import build_model
@@ -49,7 +49,7 @@ class Finding:
     faults: list[str] = field(default_factory=list)
 
 
-def healthcheck(config: RunConfig, wait_s: int) -> None:
+def healthcheck(config: PretrainConfig, wait_s: int) -> None:
     """Checks all nodes of a job; every rank of the run must call it.
 
     Args:
@@ -103,7 +103,7 @@ def _told(store: dist.Store, rank: int, size: int, name: str, say: Callable[[], 
     return text
 
 
-def _mistake(config: RunConfig, size: int) -> str:
+def _mistake(config: PretrainConfig, size: int) -> str:
     """What is wrong with the options as the first node sees it, and would be anywhere; empty if nothing is."""
     try:
         turns = engine_config(config, size)["gradient_accumulation_steps"]
@@ -119,7 +119,7 @@ def _mistake(config: RunConfig, size: int) -> str:
     return ""
 
 
-def _token(config: RunConfig) -> Path:
+def _token(config: PretrainConfig) -> Path:
     return Path(config.run_dir) / "healthcheck"
 
 
@@ -128,7 +128,7 @@ def _signature() -> str:
     return f"{os.environ.get('SLURM_JOB_ID')} {os.environ.get('MASTER_PORT')}"
 
 
-def look(config: RunConfig) -> Finding:
+def look(config: PretrainConfig) -> Finding:
     """What this rank finds on its node."""
     finding = Finding(node())
     for view in (_gpu, _images, _run_folder):
@@ -141,7 +141,7 @@ def look(config: RunConfig) -> Finding:
     return finding
 
 
-def _gpu(config: RunConfig) -> str:
+def _gpu(config: PretrainConfig) -> str:
     if not torch.cuda.is_available():
         given = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
         if given and os.environ.get("DS_ACCELERATOR") != "cpu":
@@ -158,7 +158,7 @@ def _gpu(config: RunConfig) -> str:
     return torch.cuda.get_device_name(local_rank)
 
 
-def _images(config: RunConfig) -> str:
+def _images(config: PretrainConfig) -> str:
     index = open_images(config.data)
     if index is None:
         return "synthetic"
@@ -168,7 +168,7 @@ def _images(config: RunConfig) -> str:
     return f"images {index.fingerprint[:8]}"
 
 
-def _run_folder(config: RunConfig) -> str:
+def _run_folder(config: PretrainConfig) -> str:
     folder = Path(config.run_dir)
     if not _token(config).exists() or _token(config).read_text() != _signature():
         raise ValueError(f"run_dir={folder} is not the folder that {nodes()[0]} has under that name; it must be shared")

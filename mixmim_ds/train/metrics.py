@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mixmim_ds.train.distributed import World
 from mixmim_ds.train.json_lines import JsonLines
+from mixmim_ds.train.pictures import Picture
 
 log = logging.getLogger("mixmim_ds")
 
@@ -48,6 +48,8 @@ class Metrics:
     images/s/GPU over the GPU's peak: the method's operations, recomputed ones not counted) and `save_time_s`, which is
     in none of the others; and `bad_images`, the broken ones that any rank has met since step 0.
 
+    Evaluations have a file of their own, see `scores`.
+
     While the disk is full or read-only the run goes on: rows are kept and written later, TensorBoard lacks them.
 
     Args:
@@ -63,10 +65,11 @@ class Metrics:
     ) -> None:  # fmt: skip
         self.world, self.last, self.global_batch = world, last, global_batch
         self.flops_per_image, self.peak = flops_per_image, peak_flops(precision)
-        self.rows = JsonLines(run_dir / "metrics.jsonl")
+        self.rows, self.evaluations = JsonLines(run_dir / "metrics.jsonl"), JsonLines(run_dir / "evaluations.jsonl")
         self.save_time_s = 0.0
         if world.first:
             self.rows.load(lambda row: row["step"] <= start)
+            self.evaluated = self.evaluations.load(lambda row: row["step"] <= start)
             self.board = Board(run_dir / "tensorboard", start)
         self._restart(start, 0.0)
 
@@ -136,10 +139,27 @@ class Metrics:
         ]
         return " | ".join(part for part in parts if part)
 
-    def picture(self, step: int, pixels: Tensor, caption: str) -> None:
-        """uint8 [3, H, W] into TensorBoard; call it on the first rank only."""
-        self.board.tell(lambda writer: writer.add_image("reconstructions", pixels, step))
-        self.board.tell(lambda writer: writer.add_text("reconstructions/columns", caption, step))
+    def scores(self, step: int, epoch: float, scores: dict[str, float], seconds: float) -> None:
+        """Writes what a checkpoint was judged to be worth, and takes the time of it out of what is measured.
+
+        A row of evaluations.jsonl is step, epoch, the scores, and eval_time_s.
+        """
+        self.began += seconds
+        if not self.world.first:
+            return
+        row = {"step": step, "epoch": round(epoch, 4)} | scores | {"eval_time_s": round(seconds, 3)}
+        self.evaluated.append(row)
+        self.evaluations.add(row)
+        log.info("step %s | %s", f"{step:,}", " | ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        for name, value in scores.items():
+            self.board.tell(
+                partial(SummaryWriter.add_scalar, tag=f"evaluation/{name}", scalar_value=value, global_step=step)
+            )
+
+    def picture(self, step: int, picture: Picture) -> None:
+        """A picture into TensorBoard; call it on the first rank only."""
+        self.board.tell(lambda writer: writer.add_image(picture.name, picture.pixels, step))
+        self.board.tell(lambda writer: writer.add_text(f"{picture.name}/columns", picture.caption, step))
 
     def close(self) -> None:
         """Writes out what is buffered."""

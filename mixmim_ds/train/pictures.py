@@ -1,4 +1,6 @@
-"""What the model sees and says, drawn: the originals, their mix, the mask and both reconstructions."""
+"""What the model sees and says, drawn."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,13 +11,31 @@ from mixmim_ds.models.mixmim import normalise, patchify, unpatchify
 
 COLUMNS = "original A | original B | mixed input | mask (white = B) | A reconstructed | B reconstructed"
 GAP = 4  # pixels between two pictures
+ACROSS = 8  # training images in a row
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for TensorBoard."""
+
+    name: str
+    pixels: Tensor  # uint8 [3, H, W] on the CPU
+    caption: str
+
+
+def draw_batch(images: Tensor, data: DataConfig, rows: int = 4) -> Tensor:
+    """The first images of a batch, as the model takes them: float [B, 3, H, W] -> uint8 [3, ...] on the CPU."""
+    pixels = _pixels(images, data).cpu()
+    across = min(ACROSS, len(pixels))
+    shown = pixels[: min(rows, len(pixels) // across) * across]
+    return _grid(shown.reshape(-1, across, *shown.shape[1:]))
 
 
 @torch.no_grad()
 def draw(
     images: Tensor, mask: Tensor, prediction: Tensor, norm_pix_loss: bool, data: DataConfig, rows: int = 4
 ) -> Tensor:
-    """One row per mixed image, in the order of COLUMNS.
+    """The originals, their mix, the mask and both reconstructions: one row per mixed image, in the order of COLUMNS.
 
     In the last two columns the cells that the mixed input shows are copied from it, the others are the model's; where
     it predicts normalised cells, they get the mean and deviation of the original.

@@ -1,5 +1,7 @@
 """Going on from a checkpoint of any ZeRO stage and number of processes, under any other."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -11,22 +13,21 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from mixmim_ds.models import MixMIM
-from mixmim_ds.zero_files import MOMENTS, Saved
+from mixmim_ds.zero_files import AVERAGE, Saved, Scattered
 
 
-def load_weights(model: MixMIM, saved: Saved) -> None:
-    """Gives a plain model the saved masters, before the engine rounds them to its working precision as it always does.
+def load_weights(model: nn.Module, tensors: Mapping[str, Scattered]) -> None:
+    """Gives a plain model saved masters, before the engine rounds them to its working precision as it always does.
 
     Raises:
         ValueError: they are another model's.
     """
     named = dict(model.named_parameters())
-    if {name: p.shape for name, p in named.items()} != {name: s.shape for name, s in saved.masters.items()}:
+    if {name: p.shape for name, p in named.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ValueError("the checkpoint holds another model than model.encoder and its options say.")
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(saved.masters[name].contiguous())
+            parameter.copy_(tensors[name].contiguous())
 
 
 def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
@@ -34,14 +35,28 @@ def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
 
     DeepSpeed's own loader would also bring back lr, weight decay, betas and clipping and so override the options.
     """
-    _create_states(engine, saved.updates)
+    _create_states(engine, saved)
     for name, parameter in engine.module.named_parameters():
         _set(parameter, saved.masters[name].contiguous(), None)
-        for key in MOMENTS:
-            _set(parameter, saved.moments[key][name].contiguous(), key)
+        for key, tensors in saved.moments.items():
+            _set(parameter, tensors[name].contiguous(), key)
     if saved.loss_scaler is not None:
         engine.optimizer.loss_scaler = saved.loss_scaler
     engine.global_steps = step
+
+
+def average_weights(engine: DeepSpeedEngine, decay: float) -> None:
+    """Moves the average of the weights towards the masters: average = decay x average + (1 - decay) x master.
+
+    It begins as the weights after the first update, and lies with Adam's moments: shared out, saved and restored as
+    they are, under every ZeRO stage.
+    """
+    for vector in master_vectors(engine):
+        state = engine.optimizer.optimizer.state[vector]
+        if AVERAGE in state:
+            state[AVERAGE].lerp_(vector, 1 - decay)
+        else:
+            state[AVERAGE] = vector.detach().clone()
 
 
 def master_vectors(engine: DeepSpeedEngine) -> list[Tensor]:
@@ -51,12 +66,12 @@ def master_vectors(engine: DeepSpeedEngine) -> list[Tensor]:
     return vectors
 
 
-def _create_states(engine: DeepSpeedEngine, updates: int) -> None:
+def _create_states(engine: DeepSpeedEngine, saved: Saved) -> None:
     """Adam makes its state in its first step; here it must be there before."""
     optimizer = engine.optimizer
     for vector in master_vectors(engine):
-        count = torch.tensor(float(updates), device=vector.device)
-        optimizer.optimizer.state[vector] = {"step": count} | {key: torch.zeros_like(vector) for key in MOMENTS}
+        count = torch.tensor(float(saved.updates), device=vector.device)
+        optimizer.optimizer.state[vector] = {"step": count} | {key: torch.zeros_like(vector) for key in saved.moments}
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3 looks them up each time
         optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -92,8 +92,13 @@ def _set_aside(folder: Path) -> None:
         entry.rename(place / entry.name)
 
 
-def open_run_folder(config: RunConfig, world: World, fingerprint: str) -> IO[str] | None:
+def open_run_folder(
+    config: RunConfig, world: World, fingerprint: str, classes: list[str] | None = None
+) -> IO[str] | None:
     """Creates the run folder or accepts it as this run's, writes what the run is and opens its log.
+
+    Args:
+        fingerprint, classes: of the data; they are kept with the options, as data.fingerprint and data.classes.
 
     Returns:
         On the first rank the lock that keeps other runs out, for as long as it stays open.
@@ -106,11 +111,13 @@ def open_run_folder(config: RunConfig, world: World, fingerprint: str) -> IO[str
     locks: list[IO[str]] = []
     if not world.first:
         log.addHandler(logging.NullHandler())  # or Python prints the warnings of every rank
-    on_first_rank(world, lambda: locks.append(_take(config, joined, fingerprint, hosts)))
+    on_first_rank(world, lambda: locks.append(_take(config, joined, fingerprint, classes, hosts)))
     return locks[0] if locks else None
 
 
-def _take(config: RunConfig, joined: dict[str, Any], fingerprint: str, hosts: list[str]) -> IO[str]:
+def _take(
+    config: RunConfig, joined: dict[str, Any], fingerprint: str, classes: list[str] | None, hosts: list[str]
+) -> IO[str]:
     folder = Path(config.run_dir)
     if config.resume != "weights":
         check_run_folder(config, fingerprint)
@@ -120,7 +127,9 @@ def _take(config: RunConfig, joined: dict[str, Any], fingerprint: str, hosts: li
         if config.resume == "weights" and difference_to(config, fingerprint):
             _set_aside(folder)
         check_run_folder(config, fingerprint)  # the run that had the lock until now may have been the first here
-        _write_files(folder, config, joined, fingerprint, hosts)
+        options = asdict(config)
+        options["data"] |= {"fingerprint": fingerprint} | ({} if classes is None else {"classes": classes})
+        _write_files(folder, options, joined, hosts)
         _open_log(folder / "train.log")
     except OSError as error:
         raise ValueError(f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir.") from error
@@ -143,9 +152,7 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _write_files(folder: Path, config: RunConfig, joined: dict[str, Any], fingerprint: str, hosts: list[str]) -> None:
-    options = asdict(config)
-    options["data"]["fingerprint"] = fingerprint
+def _write_files(folder: Path, options: dict[str, Any], joined: dict[str, Any], hosts: list[str]) -> None:
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(options)))
     write_whole(folder / "ds_config.json", json.dumps(joined, indent=2))
     path = folder / "environment.json"

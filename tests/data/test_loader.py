@@ -6,7 +6,7 @@ import pytest
 import torch
 from loading import CPU, assert_same, config_of_loader, global_batches
 
-from mixmim_ds.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from mixmim_ds.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from mixmim_ds.data.index import open_index
 from mixmim_ds.data.loader import Normalise, Share, open_loader
 from mixmim_ds.data.pack import pack
@@ -54,7 +54,7 @@ def test_normalisation_is_torchvisions() -> None:
 
 
 def test_synthetic_images_need_no_data_and_follow_the_masks_of_the_plan() -> None:
-    config = RunConfig(
+    config = PretrainConfig(
         run_dir="unused",
         model=ModelConfig("mixmim_tiny", img_size=128),
         data=DataConfig(kind="synthetic"),

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixmim_ds.config import ROOT, OptimConfig, RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import ROOT, OptimConfig, PretrainConfig
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.engine import accumulation, engine_config, zero_stage
 from mixmim_ds.train.optim import Schedule, parameter_groups
 
 
-def config_with(*overrides: str) -> RunConfig:
+def config_with(*overrides: str) -> PretrainConfig:
     return load_config(["run_dir=DIR", "data.root=DIR", "precision=fp32", *overrides])
 
 

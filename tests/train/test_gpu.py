@@ -8,7 +8,7 @@ import torch
 from launching import tasks
 
 from mixmim_ds.checkpoints import newest_complete
-from mixmim_ds.config import load_config
+from mixmim_ds.compose import load_config
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.distributed import connect, disconnect

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from launching import free_port
 
-from mixmim_ds.config import RunConfig, load_config
+from mixmim_ds.compose import load_config
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.train import health
 from mixmim_ds.train.distributed import RunFailed
 from mixmim_ds.train.health import Finding, _judge, healthcheck, look
@@ -16,40 +17,40 @@ USUAL = ["NVIDIA H100 80GB HBM3", "images 62529d36", "run_dir writable"]
 
 
 @pytest.fixture
-def config(small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def config(small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     return load_config([*small_run, f"run_dir={tmp_path}"])
 
 
-def marked(config: RunConfig) -> RunConfig:
+def marked(config: PretrainConfig) -> PretrainConfig:
     """As the first node leaves the run folder for the others to find."""
     Path(config.run_dir, "healthcheck").write_text(health._signature())
     return config
 
 
-def test_a_good_node_has_no_faults(config: RunConfig) -> None:
+def test_a_good_node_has_no_faults(config: PretrainConfig) -> None:
     finding = look(marked(config))
     assert not finding.faults and len(finding.facts) == 3 and finding.node == "n1"
 
 
-def test_a_run_folder_that_is_not_shared_is_a_fault(config: RunConfig) -> None:
+def test_a_run_folder_that_is_not_shared_is_a_fault(config: PretrainConfig) -> None:
     assert "is not the folder that" in look(config).faults[0]
 
 
-def test_a_data_set_that_is_missing_on_a_node_is_a_fault(config: RunConfig) -> None:
+def test_a_data_set_that_is_missing_on_a_node_is_a_fault(config: PretrainConfig) -> None:
     config.data.root = "/not/mounted/here"
     (fault,) = look(marked(config)).faults
     assert "data.root=/not/mounted/here" in fault
 
 
-def test_two_checkpoints_must_fit(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_checkpoints_must_fit(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 10**6))
     (fault,) = look(marked(config)).faults
     assert "has 0.0 GiB left, two checkpoints take" in fault
 
 
-def test_gpus_that_slurm_gave_must_be_there(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_slurm_gave_must_be_there(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
@@ -70,7 +71,7 @@ def test_the_node_that_differs_is_named(capsys: pytest.CaptureFixture[str]) -> N
     assert said.endswith("sbatch --exclude=n2,n3.")
 
 
-def test_a_silent_node_is_named(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_node_is_named(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four ranks on two nodes only the first answers."""
     config.train.global_batch = 32
     place = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_STEP_NODELIST": "n[1-2]"}

@@ -11,7 +11,7 @@ from launching import numbers, rows, run, tasks
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mixmim_ds.config import load_config
+from mixmim_ds.compose import load_config
 from mixmim_ds.data.index import open_index
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.data.pack import pack

@@ -1,0 +1,74 @@
+"""From words on a command line to the options of a run, by Hydra."""
+
+import difflib
+import re
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixmim_ds.config import ROOT, FinetuneConfig, PretrainConfig, RunConfig, flatten
+
+CONF = ROOT / "launch" / "conf"
+MISSING_MEANS = {
+    "run_dir": "the folder that the run is kept in",
+    "init": "an exported folder or a run to start from, or init=random to start from scratch",
+}
+
+
+def load_config(overrides: list[str]) -> PretrainConfig:
+    """The options of a pretraining run: Hydra's composition of launch/conf and `key=value` overrides.
+
+    Raises:
+        ValueError: one sentence that names the option, for whatever Hydra or a check refuses.
+    """
+    config: PretrainConfig = _compose("pretrain", PretrainConfig, overrides)
+    return config
+
+
+def load_finetune_config(overrides: list[str]) -> FinetuneConfig:
+    """As `load_config`, of a fine-tuning run."""
+    config: FinetuneConfig = _compose("finetune", FinetuneConfig, overrides)
+    return config
+
+
+def _compose(name: str, schema: type[RunConfig], overrides: list[str]) -> Any:
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return OmegaConf.to_object(compose(name, [_with_quotes(each) for each in overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, schema)) from error
+
+
+def _with_quotes(override: str) -> str:
+    """The override, `data.root` in quotes: braces, brackets and commas of a pattern mean something else to Hydra."""
+    option, _, value = override.partition("=")
+    if option != "data.root" or value in ("", "null") or value[0] in "'\"":
+        return override
+    return "{}='{}'".format(option, value.replace("'", "\\'"))
+
+
+def _explain(error: Exception, schema: type[RunConfig]) -> str:
+    """Hydra's complaint of several lines, as one sentence that names the option."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is not of the form key=value (quote values that hold = or a comma)."
+    unknown = re.match(r"Could not override '([^']+)'", text)
+    if unknown:
+        known: Any = OmegaConf.to_container(OmegaConf.structured(schema))
+        near = difflib.get_close_matches(unknown[1], [*flatten(known), "model", "data"], 1, 0.5)
+        return f"{unknown[1]} is no option" + (f"; did you mean {near[0]}?" if near else ".")
+    group = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if group:
+        choices = sorted(path.stem for path in (CONF / group[1]).glob("*.yaml"))
+        return f"{group[1]}={group[2]} must be one of {', '.join(choices)}."
+    missing = re.match(r"Structured config of type `\w+` has missing mandatory value: (\w+)", text)
+    if missing:
+        return f"{missing[1]} is not set; add {missing[1]}=DIR, {MISSING_MEANS[missing[1]]}."
+    cause = str(error.__cause__ or error)
+    key = re.search(r"full_key: (\S+)", cause)
+    return f"{key[1]}: {cause.splitlines()[0].rstrip('.')}." if key else text

@@ -1,0 +1,169 @@
+"""Fine-tuning: a classifier on an encoder, judged by the images of a second set."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixmim_ds.checkpoints import steps_of
+from mixmim_ds.config import FinetuneConfig
+from mixmim_ds.data.augment import RandAugmentPool
+from mixmim_ds.data.labelled import Labelled, central_batches, open_labelled
+from mixmim_ds.data.labelled_loader import LabelledBatch, LabelledLoader
+from mixmim_ds.data.loader import Normalise, Share
+from mixmim_ds.evaluate.accuracy import count, scores
+from mixmim_ds.evaluate.features import load_encoder, normalise_of
+from mixmim_ds.export.to_timm import Form, export_run
+from mixmim_ds.models import Classifier, MixMIMTransformer
+from mixmim_ds.train.distributed import (
+    World,
+    connect,
+    disconnect,
+    on_every_rank,
+    on_first_rank,
+    rank_before_connecting,
+    share_of_cores,
+)
+from mixmim_ds.train.engine import accumulation
+from mixmim_ds.train.loop import Judge, Task, conduct
+from mixmim_ds.train.optim import layer_scale
+from mixmim_ds.train.pictures import Picture, draw_batch
+from mixmim_ds.train.restore import load_weights
+from mixmim_ds.zero_files import AVERAGE, read_saved
+
+EXPORT = "timm"  # folder in the run folder
+RANDOM = "random"
+log = logging.getLogger("mixmim_ds")
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Fine-tunes until the end or a request to stop; the exit code of the process. Raises as `conduct`.
+
+    At the end the best checkpoint is exported to run_dir/timm.
+    """
+    pool = _open_pool(config)
+    try:
+        code = conduct(config, lambda world: _prepare(config, world, pool))
+    finally:
+        if pool:
+            pool.close()
+    if code == 0 and rank_before_connecting() == 0:
+        _export(Path(config.run_dir))
+    return code
+
+
+def evaluate(config: FinetuneConfig) -> int:
+    """Judges the classifier that `init` is, on all processes; prints its scores as JSON on the last line.
+
+    Raises:
+        ValueError: it has no classifier, or not one for the classes of the data.
+    """
+    world = connect(config.train.start_timeout_s)
+    try:
+        train, val = find_labelled(config, world)
+        encoder = load_encoder(config.init, config.train.seed, head=True)
+        if encoder.num_classes != len(train.classes):
+            raise ValueError(
+                f"init={config.init} tells {encoder.num_classes} classes, data.root={config.data.root} holds "
+                f"{len(train.classes)}; give a model that was fine-tuned on these."
+            )
+        found = _score(config, world, val, encoder.to(world.device).eval(), normalise_of(encoder, world.device))
+        if world.first:
+            print(json.dumps({"init": config.init} | found))
+        return 0
+    finally:
+        disconnect()
+
+
+def find_labelled(config: FinetuneConfig, world: World) -> tuple[Labelled, Labelled]:
+    """The images to learn from and to judge by; the first rank makes the indices if need be."""
+    on_first_rank(world, lambda: open_labelled(config.data) is not None)
+    return open_labelled(config.data)
+
+
+def _open_pool(config: FinetuneConfig) -> RandAugmentPool | None:
+    words = config.augment.rand_augment
+    if words is None:
+        return None
+    return RandAugmentPool(words, config.model.img_size, config.data.mean, config.augment.workers or share_of_cores())
+
+
+def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None) -> Task:
+    share = Share(world.rank, world.size, accumulation(config, world.size))
+    train, val = find_labelled(config, world)
+    torch.manual_seed(config.train.seed)
+    options = config.model
+    model = Classifier(options.encoder, options.img_size, len(train.classes), options.drop_path)
+    if config.init != RANDOM and not on_first_rank(world, lambda: bool(steps_of(Path(config.run_dir)))):
+        load_init(model, config)
+    loader = LabelledLoader(config, train, share, world.device, share_of_cores(), pool)
+    scale_of = partial(layer_scale, depths=model.depths, decay=config.optim.layer_decay)
+    judge = Judge(config.eval_every * loader.plan.steps_per_epoch, _scores_of(config, world, val), best_by="top1")
+
+    def picture(batch: LabelledBatch, logits: Tensor) -> Picture:
+        return Picture("augmented", draw_batch(batch.images, config.data), "training images as the model takes them")
+
+    return Task(
+        config, options.encoder, model, loader, train.images, picture, train.classes, scale_of,
+        config.optim.ema_decay, judge,
+    )  # fmt: skip
+
+
+def load_init(model: Classifier, config: FinetuneConfig) -> None:
+    """Gives the model the encoder that `init` names, its tables interpolated to the model's image size.
+
+    Raises:
+        ValueError: there is none, or it is of another size.
+    """
+    source = load_encoder(config.init, config.train.seed)
+    found, own = dict(source.named_parameters()), dict(model.encoder.named_parameters())
+    if any(name not in own or own[name].shape != p.shape for name, p in found.items() if "bias_table" not in name):
+        raise ValueError(
+            f"init={config.init} holds {source.pretrained_cfg['architecture']}, not {config.model.encoder}; take the "
+            "model option that fits it."
+        )
+    head = {name: p for name, p in model.encoder.state_dict().items() if name.startswith("head.")}
+    model.encoder.load_state_dict(source.state_dict() | head)
+
+
+def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[[Path], dict[str, float]]:
+    """Judges a checkpoint by the weights that an export of it would hold, in a model beside the engine's."""
+    options = config.model
+    model = Classifier(options.encoder, options.img_size, len(val.classes)).to(world.device).eval()
+    normalise = Normalise(config.data, world.device)
+
+    def judge(path: Path) -> dict[str, float]:
+        saved = read_saved(path)
+        load_weights(model, saved.moments.get(AVERAGE, saved.masters))
+        return _score(config, world, val, model.encoder, normalise)
+
+    return judge
+
+
+def _score(
+    config: FinetuneConfig, world: World, val: Labelled, encoder: MixMIMTransformer, normalise: Normalise
+) -> dict[str, float]:
+    """Of all images, shared out among the ranks; in half precision where the run is."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    size, threads = encoder.patch_embed.img_size[0], config.data.threads or share_of_cores()
+
+    def classify(images: Tensor) -> Tensor:
+        with torch.autocast(world.device.type, half, enabled=half is not None):
+            return encoder(images)
+
+    batches = central_batches(
+        val.images, size, normalise, world.device, threads, config.train.micro_batch, world.rank, world.size
+    )
+    return scores(on_every_rank(world, lambda: count(classify, batches, val.labels)))
+
+
+def _export(run_dir: Path) -> None:
+    """The best checkpoint as a timm model with its classifier; it replaces that of a shorter run."""
+    out = run_dir / EXPORT
+    shutil.rmtree(out, ignore_errors=True)
+    log.info("exported %s to %s", export_run(run_dir, out, Form()).path.name, out)
