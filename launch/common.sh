@@ -26,7 +26,7 @@ run_job() {
     set_environment
     note_start
     say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $tasks tasks with $cpus cores each, logs in $logs"
-    check_nodes "$@"
+    check_nodes "$script" "$@"
     ((code == 0)) || [[ -n $stopping ]] || exit "$code"
     if [[ -n $stopping ]]; then code=$EXIT_REQUEUE; else train "$script" "$@"; fi
     end_job
@@ -127,7 +127,10 @@ await() {
 
 # A node that cannot write to the run folder must be able to say so, so all print here.
 check_nodes() {
-    start --kill-on-bad-exit=0 "${prefix[@]}" python launch/healthcheck.py "$@"
+    local script
+    script=$(basename "$1" .py)
+    shift
+    start --kill-on-bad-exit=0 "${prefix[@]}" python launch/healthcheck.py --of "$script" "$@"
     await
 }
 

@@ -1,11 +1,12 @@
 """The options: schema, recipes, what identifies a run."""
 
+import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from mixmim_ds.compose import CONF, load_config
+from mixmim_ds.compose import CONF, load_config, load_finetune_config
 from mixmim_ds.config import FREE, FinetuneConfig, PretrainConfig, flatten, identity
 
 RUN = ["run_dir=DIR", "data.root=DIR"]
@@ -32,12 +33,18 @@ def test_a_run_is_identified_by_what_it_computes_not_by_where_it_runs() -> None:
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_every_recipe_composes_and_its_batch_divides_over_its_gpus(recipe: str) -> None:
-    config = load_config([*RUN, f"+experiment={recipe}"])
     header = (CONF / "experiment" / f"{recipe}.yaml").read_text()
-    assert config.model.encoder in ("mixmim_base", "mixmim_large", "mixmim_huge")
-    gpus = int(next(line for line in header.splitlines() if "GPUs x" in line).split(" GPUs x")[0].split()[-1])
-    assert config.train.global_batch % (config.train.micro_batch * gpus) == 0
-    assert "published" in header and "our choice" in header
+    config: PretrainConfig | FinetuneConfig
+    if recipe.startswith("finetune"):
+        config = load_finetune_config([*RUN, f"+experiment={recipe}", "init=random"])
+    else:
+        config = load_config([*RUN, f"+experiment={recipe}"])
+    size = {"b": "base", "l": "large", "h": "huge"}[recipe.split("_")[1]]
+    assert config.model.encoder == f"mixmim_{size}" + ("_384" if recipe.endswith("384") else "")
+    assert config.train.epochs == int(re.search(r"(\d+)\s+epochs", header)[1])
+    gpus, images = map(int, re.search(r"(\d+)\s+GPUs x (\d+)", header).groups())
+    assert images == config.train.micro_batch and config.train.global_batch % (images * gpus) == 0
+    assert all(word in header for word in ("published", "our choice", "expected", f"+experiment={recipe}"))
 
 
 def test_the_authors_recipe_is_the_default_but_for_its_length() -> None:
@@ -63,7 +70,7 @@ def test_the_authors_recipe_is_the_default_but_for_its_length() -> None:
         ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers"),
         ("precision=int8", "precision=int8 must be one of bf16, fp32, fp16"),
         ("activation_checkpointing=some", "activation_checkpointing=some must be one of none, selective, full"),
-        ("+experiment=none_such", "experiment=none_such must be one of mixmim_b"),
+        ("+experiment=none_such", "experiment=none_such must be one of finetune_b"),
         ("data=synthetic", "data.root has no effect with data=synthetic"),
         ("train.epochs", "train.epochs is not of the form key=value"),
     ],

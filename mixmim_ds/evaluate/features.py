@@ -78,7 +78,7 @@ def load_encoder(source: str, seed: int, head: bool = False) -> MixMIMTransforme
         model.encoder, img_size=model.img_size, num_classes=len(kept.get("head.fc.bias", ()))
     )
     encoder.load_state_dict(kept)
-    encoder.pretrained_cfg |= {"mean": tuple(data.mean), "std": tuple(data.std)}
+    encoder.pretrained_cfg |= {"mean": tuple(data.mean), "std": tuple(data.std), "label_names": data.get("classes")}
     return encoder
 
 

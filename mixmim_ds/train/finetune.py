@@ -100,7 +100,11 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
     options = config.model
     model = Classifier(options.encoder, options.img_size, len(train.classes), options.drop_path)
     if config.init != RANDOM and not on_first_rank(world, lambda: bool(steps_of(Path(config.run_dir)))):
-        load_init(model, config)
+        known = load_init(model, config, train.classes)
+        if world.first:
+            print(
+                f"the classifier is {'that of' if known else 'new, the encoder that of'} init={config.init}", flush=True
+            )
     loader = LabelledLoader(config, train, share, world.device, share_of_cores(), pool)
     scale_of = partial(layer_scale, depths=model.depths, decay=config.optim.layer_decay)
     judge = Judge(config.eval_every * loader.plan.steps_per_epoch, _scores_of(config, world, val), best_by="top1")
@@ -114,21 +118,28 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
     )  # fmt: skip
 
 
-def load_init(model: Classifier, config: FinetuneConfig) -> None:
-    """Gives the model the encoder that `init` names, its tables interpolated to the model's image size.
+def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> bool:
+    """Gives the model the encoder that `init` names, its tables interpolated to the model's image size, and the
+    classifier if it tells the same classes.
+
+    Returns:
+        Whether the classifier is that of `init`.
 
     Raises:
         ValueError: there is none, or it is of another size.
     """
-    source = load_encoder(config.init, config.train.seed)
+    source = load_encoder(config.init, config.train.seed, head=True)
     found, own = dict(source.named_parameters()), dict(model.encoder.named_parameters())
-    if any(name not in own or own[name].shape != p.shape for name, p in found.items() if "bias_table" not in name):
+    fixed = {name: p.shape for name, p in found.items() if "bias_table" not in name and not name.startswith("head.")}
+    if any(name not in own or own[name].shape != shape for name, shape in fixed.items()):
         raise ValueError(
             f"init={config.init} holds {source.pretrained_cfg['architecture']}, not {config.model.encoder}; take the "
             "model option that fits it."
         )
-    head = {name: p for name, p in model.encoder.state_dict().items() if name.startswith("head.")}
+    known = list(source.pretrained_cfg.get("label_names") or []) == classes
+    head = {} if known else {name: p for name, p in model.encoder.state_dict().items() if name.startswith("head.")}
     model.encoder.load_state_dict(source.state_dict() | head)
+    return known
 
 
 def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[[Path], dict[str, float]]:

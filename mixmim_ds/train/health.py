@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mixmim_ds.config import PretrainConfig
-from mixmim_ds.data.loader import Share, open_loader
-from mixmim_ds.data.shards import open_images
-from mixmim_ds.models import build_model
+from mixmim_ds.config import FinetuneConfig, PretrainConfig
+from mixmim_ds.data.labelled import open_labelled
+from mixmim_ds.data.loader import plan_of
+from mixmim_ds.data.shards import Images, open_images
+from mixmim_ds.models import Classifier, build_model
 from mixmim_ds.train.distributed import (
     RankFailed,
     RunFailed,
@@ -30,14 +31,14 @@ from mixmim_ds.train.distributed import (
     gather,
     rank_before_connecting,
 )
-from mixmim_ds.train.engine import engine_config
+from mixmim_ds.train.engine import Trained, engine_config
 from mixmim_ds.train.run_folder import check_run_folder
 from mixmim_ds.train.slurm import PORTS, node, nodes
 
 BUSY = 0.1  # of a GPU's memory; drivers and idle daemons take less
 CLOCKS_S = 5.0  # tokens, build tools and the reader of the logs get confused beyond that; NTP keeps milliseconds
 PAYLOAD = 1 << 26  # bytes of the all-reduce, near the gradient buckets of ds_configs/
-STATE_BYTES = 14  # a parameter in a checkpoint: bf16 weights, fp32 masters and two moments
+Config = PretrainConfig | FinetuneConfig
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Finding:
     faults: list[str] = field(default_factory=list)
 
 
-def healthcheck(config: PretrainConfig, wait_s: int) -> None:
+def healthcheck(config: Config, wait_s: int) -> None:
     """Checks all nodes of a job; every rank of the run must call it.
 
     Args:
@@ -103,13 +104,14 @@ def _told(store: dist.Store, rank: int, size: int, name: str, say: Callable[[], 
     return text
 
 
-def _mistake(config: PretrainConfig, size: int) -> str:
+def _mistake(config: Config, size: int) -> str:
     """What is wrong with the options as the first node sees it, and would be anywhere; empty if nothing is."""
     try:
-        turns = engine_config(config, size)["gradient_accumulation_steps"]
-        index = open_images(config.data, progress=True)
-        open_loader(config, index, Share(0, size, turns), torch.device("cpu"), 1)
-        check_run_folder(config, "synthetic" if index is None else index.fingerprint)
+        engine_config(config, size)
+        images = _open(config)
+        if images:
+            plan_of(config, images[0].sizes, (1, 1), 0.5)  # which wants images for a step
+        check_run_folder(config, images[0].fingerprint if images else "synthetic")
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         _token(config).write_text(_signature())
     except ValueError as error:
@@ -119,7 +121,15 @@ def _mistake(config: PretrainConfig, size: int) -> str:
     return ""
 
 
-def _token(config: PretrainConfig) -> Path:
+def _open(config: Config) -> list[Images]:
+    """The images to train on, if any, and those to judge by."""
+    if isinstance(config, FinetuneConfig):
+        return [part.images for part in open_labelled(config.data)]
+    index = open_images(config.data, progress=True)
+    return [] if index is None else [index]
+
+
+def _token(config: Config) -> Path:
     return Path(config.run_dir) / "healthcheck"
 
 
@@ -128,7 +138,7 @@ def _signature() -> str:
     return f"{os.environ.get('SLURM_JOB_ID')} {os.environ.get('MASTER_PORT')}"
 
 
-def look(config: PretrainConfig) -> Finding:
+def look(config: Config) -> Finding:
     """What this rank finds on its node."""
     finding = Finding(node())
     for view in (_gpu, _images, _run_folder):
@@ -141,7 +151,7 @@ def look(config: PretrainConfig) -> Finding:
     return finding
 
 
-def _gpu(config: PretrainConfig) -> str:
+def _gpu(config: Config) -> str:
     if not torch.cuda.is_available():
         given = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
         if given and os.environ.get("DS_ACCELERATOR") != "cpu":
@@ -158,31 +168,41 @@ def _gpu(config: PretrainConfig) -> str:
     return torch.cuda.get_device_name(local_rank)
 
 
-def _images(config: PretrainConfig) -> str:
-    index = open_images(config.data)
-    if index is None:
-        return "synthetic"
-    with index.open(0) as file:
-        if not file.read(1):
-            raise ValueError(f"{index.name(0)} of data.root={config.data.root} cannot be read")
-    return f"images {index.fingerprint[:8]}"
+def _images(config: Config) -> str:
+    found = _open(config)
+    for images in found:
+        with images.open(0) as file:
+            if not file.read(1):
+                raise ValueError(f"{images.name(0)} of data.root={config.data.root} cannot be read")
+    return f"images {' '.join(images.fingerprint[:8] for images in found)}" if found else "synthetic"
 
 
-def _run_folder(config: PretrainConfig) -> str:
+def _run_folder(config: Config) -> str:
     folder = Path(config.run_dir)
     if not _token(config).exists() or _token(config).read_text() != _signature():
         raise ValueError(f"run_dir={folder} is not the folder that {nodes()[0]} has under that name; it must be shared")
     probe = _token(config).with_suffix(f".{node()}.{os.getpid()}")
     probe.write_text("can be written")
     probe.unlink()
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
-    free, two = shutil.disk_usage(folder).free, 2 * STATE_BYTES * parameters
+    free, two = shutil.disk_usage(folder).free, 2 * _checkpoint_bytes(config)
     if free < two:
         raise ValueError(
             f"run_dir={folder} has {free / 2**30:.1f} GiB left, two checkpoints take {two / 2**30:.1f} GiB; make room"
         )
     return "run_dir writable"
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Weights in the working precision, fp32 masters, two moments, and perhaps the average."""
+    with torch.device("meta"):
+        model: Trained
+        if isinstance(config, FinetuneConfig):
+            model = Classifier(config.model.encoder, config.model.img_size, classes=1000)
+            average = 4 if config.optim.ema_decay else 0
+        else:
+            model, average = build_model(config.model), 0
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return (12 + average + (4 if config.precision == "fp32" else 2)) * parameters
 
 
 def _collect(store: dist.Store, size: int, wait_s: int) -> list[Finding]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +210,17 @@ def test_the_best_checkpoint_stays(straight: Path) -> None:
 def test_tables_are_interpolated_to_the_image_size(straight: Path, options: list[str]) -> None:
     config = load_finetune_config([*options, "run_dir=UNUSED", f"init={straight / 'timm'}", "model.img_size=96"])
     model = Classifier("mixmim_tiny", 96, 13).eval()
-    load_init(model, config)
+    assert not load_init(model, config, list("ABCDEFGHIJKLM")), "other classes"
     expected = timm.create_model(f"local-dir:{straight / 'timm'}", pretrained=True).eval()
     expected.set_input_size(96)
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model.encoder.forward_features(images), expected.forward_features(images))
     assert model.encoder.head.fc.weight.abs().max() < 1e-4, "its classifier is new"
+    for source in (straight, straight / "timm"):  # a run and its export
+        classes = json.loads((straight / "timm" / "config.json").read_text())["label_names"]
+        assert load_init(model, replace(config, init=str(source)), classes)
+        torch.testing.assert_close(model.encoder.head.fc.weight, expected.head.fc.weight, rtol=0, atol=0)
 
 
 def one_class(root: Path) -> None:
