@@ -19,7 +19,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     """Both accuracies and what they are of. ValueError on a user's mistake."""
     # Here, for a mistake in the words need not wait for the seconds that DALI takes.
     from mixmim_ds.data.labelled import open_labelled
-    from mixmim_ds.evaluate.features import Vectors, View, extract, load_encoder
+    from mixmim_ds.evaluate.features import View, extract, load_encoder
     from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours
     from mixmim_ds.train.distributed import share_of_cores
 
@@ -30,10 +30,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.img_size is not None:
         encoder.set_input_size(arguments.img_size)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    known, asked = (
-        Vectors(extract(encoder, view, part.images, device, share_of_cores(), arguments.batch), part.labels)
-        for part in (train, val)
-    )
+    known, asked = (extract(encoder, view, part, device, share_of_cores(), arguments.batch) for part in (train, val))
     linear, penalty = accuracy_of_classifier(known, asked)
     return {
         "source": arguments.source, "knn": accuracy_of_neighbours(known, asked), "linear": linear, "penalty": penalty,

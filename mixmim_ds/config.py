@@ -178,10 +178,22 @@ class RunConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """Labelled images to judge the features by while pretraining goes on (20 nearest neighbours, top-1)."""
+
+    data: str | None = None  # DIR/train and DIR/val hold a folder for each class; null = none
+    every: int = 10  # epochs
+
+    def __post_init__(self) -> None:
+        _positive("probe", self, "every")
+
+
+@dataclass
 class PretrainConfig(RunConfig):
     """A pretraining run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -287,7 +299,7 @@ def _even(train: TrainConfig, reason: str) -> None:
 # may move: its fingerprint is compared instead of its path.
 FREE = {
     "run_dir", "resume", "ds", "compile", "activation_checkpointing",
-    "init", "eval_every", "eval_only", "data.val", "augment.workers",
+    "probe.data", "probe.every", "init", "eval_every", "eval_only", "data.val", "augment.workers",
     "data.root", "data.index_dir", "data.threads", "data.prefetch", "data.max_bad_share",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
     "train.picture_every", "train.max_failed_saves", "train.max_bad_steps",

@@ -6,6 +6,7 @@ B images of a batch    N images of a set    D channels
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -13,9 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixmim_ds.config import DataConfig
-from mixmim_ds.data.labelled import central_batches
+from mixmim_ds.data.labelled import Labelled, central_batches
 from mixmim_ds.data.loader import Normalise
-from mixmim_ds.data.shards import Images
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import MixMIMTransformer
 
@@ -88,17 +88,23 @@ def normalise_of(encoder: MixMIMTransformer, device: torch.device) -> Normalise:
     return Normalise(DataConfig(root="-", mean=list(options["mean"]), std=list(options["std"])), device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract(
-    encoder: MixMIMTransformer, view: View, images: Images, device: torch.device, threads: int, batch: int
-) -> Tensor:
-    """The vectors of all images, each once, in the order of the index: float32 [N, D].
+    encoder: MixMIMTransformer, view: View, images: Labelled, device: torch.device, threads: int, batch: int,
+    rank: int = 0, size: int = 1,
+) -> Vectors:  # fmt: skip
+    """The vectors of all images, each once, in the order of the index; of several ranks, this one's batches of them.
 
     Raises:
         ValueError: an image cannot be decoded.
     """
-    size, normalise = encoder.patch_embed.img_size[0], normalise_of(encoder, device)
+    pixels, normalise = encoder.patch_embed.img_size[0], normalise_of(encoder, device)
     encoder = encoder.to(device).eval()
-    batches = central_batches(images, size, normalise, device, threads, batch)
-    told = tqdm(batches, "features", -(-len(images) // batch), unit=" batches", disable=None)
-    return torch.cat([view(encoder, pixels)[: len(rows)].cpu() for pixels, rows in told])
+    batches = central_batches(images.images, pixels, normalise, device, threads, batch, rank, size)
+    total = -(-len(images) // batch) // size
+    vectors = [view(encoder, torch.zeros(1, 3, pixels, pixels, device=device))[:0].cpu()]  # a rank may have no batch
+    rows = [np.zeros(0, np.int64)]
+    for shown, some in tqdm(batches, "features", total, unit=" batches", disable=None if rank == 0 else True):
+        vectors.append(view(encoder, shown)[: len(some)].cpu())
+        rows.append(some)
+    return Vectors(torch.cat(vectors), images.labels[torch.from_numpy(np.concatenate(rows))])

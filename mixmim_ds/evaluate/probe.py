@@ -16,17 +16,38 @@ HELD_OUT = 5  # every fifth image of the training set chooses among them
 STEPS = 100
 
 
+def nearest(known: Vectors, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """For vectors [M, D] the most similar known ones by cosine: float32 similarities and int64 labels, [M, k].
+
+    k is NEIGHBOURS, or the number of known ones if there are fewer.
+    """
+    sides, k = F.normalize(known.vectors), min(NEIGHBOURS, len(known.labels))
+    found = [(F.normalize(rows) @ sides.T).topk(k) for rows in asked.split(ROWS)]
+    return torch.cat([part.values for part in found]), known.labels[torch.cat([part.indices for part in found])]
+
+
+def nearest_of(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """As `nearest` would find among the known vectors of all parts."""
+    similarities, labels = (torch.cat(some, dim=1) for some in zip(*parts, strict=True))
+    best = similarities.topk(min(NEIGHBOURS, similarities.shape[1]))
+    return best.values, labels.gather(1, best.indices)
+
+
+def accuracy_of_votes(similarities: Tensor, labels: Tensor, wanted: Tensor) -> float:
+    """Top-1 where each neighbour votes with the weight exp(similarity / temperature).
+
+    Args:
+        similarities, labels: of the neighbours, [M, k].
+        wanted: int64 [M].
+    """
+    votes = torch.zeros(len(wanted), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels, (similarities / TEMPERATURE).exp())
+    return int((votes.argmax(1) == wanted).sum()) / len(wanted)
+
+
 def accuracy_of_neighbours(train: Vectors, val: Vectors) -> float:
-    """Top-1 of votes by the nearest vectors by cosine, each weighted by exp(similarity / temperature)."""
-    known, classes = F.normalize(train.vectors), int(train.labels.max()) + 1
-    right = 0
-    for rows, labels in zip(val.vectors.split(ROWS), val.labels.split(ROWS), strict=True):
-        near = (F.normalize(rows) @ known.T).topk(min(NEIGHBOURS, len(known)))
-        votes = torch.zeros(len(rows), classes).scatter_add_(
-            1, train.labels[near.indices], (near.values / TEMPERATURE).exp()
-        )
-        right += int((votes.argmax(1) == labels).sum())
-    return right / len(val.labels)
+    """Top-1 by the votes of the nearest vectors."""
+    return accuracy_of_votes(*nearest(train, val.vectors), val.labels)
 
 
 def accuracy_of_classifier(train: Vectors, val: Vectors) -> tuple[float, float]:

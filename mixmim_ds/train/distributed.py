@@ -158,6 +158,13 @@ def gather(world: World, value: Any) -> list[Any]:
     return values
 
 
+def gather_on_first(world: World, value: Any) -> list[Any]:
+    """As `gather`, on rank 0 alone; nothing elsewhere."""
+    values: list[Any] = [None] * world.size if world.first else []
+    dist.gather_object(value, values if world.first else None, dst=0, group=world.control)
+    return values
+
+
 def mean_over_ranks(world: World, value: float) -> float:
     """The mean of one number of every rank."""
     total = torch.tensor(value, dtype=torch.float64)

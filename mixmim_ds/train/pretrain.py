@@ -1,16 +1,25 @@
 """Pretraining: masked images in pairs, reconstructed."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from mixmim_ds.config import DataConfig, PretrainConfig
+from mixmim_ds.config import DataConfig, LabelledDataConfig, PretrainConfig
+from mixmim_ds.data.labelled import Labelled, open_labelled
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.data.shards import Images, open_images
+from mixmim_ds.evaluate.features import Vectors, View, extract
+from mixmim_ds.evaluate.probe import accuracy_of_votes, nearest, nearest_of
+from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.models import build_model
-from mixmim_ds.train.distributed import World, on_first_rank, share_of_cores
+from mixmim_ds.train.distributed import World, gather_on_first, on_every_rank, on_first_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation
-from mixmim_ds.train.loop import Task, conduct
+from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.pictures import COLUMNS, Picture, draw
+from mixmim_ds.train.restore import load_weights
+from mixmim_ds.zero_files import read_saved
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -29,7 +38,47 @@ def _prepare(config: PretrainConfig, world: World) -> Task:
         pixels = draw(batch.images, batch.mask, prediction, config.model.norm_pix_loss, config.data)
         return Picture("reconstructions", pixels, COLUMNS)
 
-    return Task(config, config.model.encoder, model, loader, index, picture)
+    judge = None
+    if config.probe.data:
+        judge = Judge(config.probe.every * loader.plan.steps_per_epoch, probe(config, world))
+    return Task(config, config.model.encoder, model, loader, index, picture, judge=judge)
+
+
+def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, float]]:
+    """Judges a checkpoint by the nearest neighbours of its features.
+
+    Each rank looks at its share of the images, and for neighbours of all to judge by among its share of those to learn
+    from.
+
+    Raises:
+        ValueError: `probe.data` holds no labelled images.
+    """
+    data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir)
+    on_first_rank(world, lambda: open_labelled(data, "probe.data") is not None)
+    learn, judge_by = open_labelled(data, "probe.data")
+    encoder = build_model(config.model).encoder
+    encoder.pretrained_cfg |= {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
+    batch, threads = config.train.micro_batch, config.data.threads or share_of_cores()
+
+    def vectors(part: Labelled) -> Vectors:
+        return extract(encoder, View(), part, world.device, threads, batch, world.rank, world.size)
+
+    def scores(path: Path) -> dict[str, float]:
+        masters = read_saved(path).masters.items()
+        load_weights(encoder, {name.removeprefix(ENCODER): t for name, t in masters if name.startswith(ENCODER)})
+        known: list[Vectors] = []
+
+        def look() -> Vectors:
+            known.append(vectors(learn))  # these stay on their rank, for there may be millions
+            return vectors(judge_by)
+
+        asked = on_every_rank(world, look)
+        parts = gather_on_first(world, nearest(known[0], torch.cat([each.vectors for each in asked])))
+        if not world.first:
+            return {}
+        return {"knn": accuracy_of_votes(*nearest_of(parts), torch.cat([each.labels for each in asked]))}
+
+    return scores
 
 
 def find_images(data: DataConfig, world: World) -> Images | None:

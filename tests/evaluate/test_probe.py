@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from launching import converted, typed
+from launching import converted, tasks, typed
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
 from mixmim_ds.data.index import open_index
+from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.evaluate.features import Vectors, View, extract, load_encoder
 from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours, fit
 
@@ -73,7 +74,13 @@ def test_vectors_are_those_of_the_central_crop_in_the_order_of_the_index(
 ) -> None:
     index, encoder = open_index(labelled / "val", tmp_path), load_encoder("random:tiny", 0)
     encoder.set_input_size(64)
-    vectors = extract(encoder, view, index, CPU, threads=2, batch=32)
+    images = Labelled(index, torch.arange(75), [])
+    found = extract(encoder, view, images, CPU, threads=2, batch=32)
+    vectors = found.vectors
+    assert found.labels.tolist() == list(range(75))
+    parts = [extract(encoder, view, images, CPU, 2, 32, rank, 4) for rank in range(4)]  # of which the last has none
+    assert [len(part.labels) for part in parts] == [32, 32, 11, 0]
+    assert torch.equal(torch.cat([part.vectors for part in parts]), vectors)
     assert len(vectors) == len(index) == 75, "32 do not divide 75"
     for i in (0, 40, 74):
         image = Image.open(index.path(i)).convert("RGB")
@@ -101,6 +108,16 @@ def test_the_command_probes_runs_and_exports_alike(
     ran, exported = found
     assert ran | {"source": ""} == exported | {"source": ""} and ran["val"] == 75 and ran["classes"] == 13
     assert 2 / 13 < ran["knn"] <= 1 and 2 / 13 < ran["linear"] <= 1, "crops of one photograph look alike"
+
+
+@pytest.mark.slow
+def test_a_run_probes_itself_as_the_command_probes_it(labelled: Path, small_run: list[str], tmp_path: Path) -> None:
+    run, options = tmp_path / "run", [f"probe.data={labelled}", "probe.every=1", "train.max_steps=9"]
+    tasks(*small_run, f"run_dir={run}", f"data.root={labelled}/train", "train.log_every=9", *options)
+    judged = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in judged] == [7, 9], "225 images are 7 steps of 32"
+    done = typed("launch/probe.py", run, "--data", labelled, "--index-dir", tmp_path, "--batch", 8)
+    assert json.loads(done.stdout.splitlines()[-1])["knn"] == judged[-1]["knn"], done.stderr
 
 
 MISTAKES = {
