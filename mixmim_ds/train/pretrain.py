@@ -3,7 +3,7 @@
 import gc
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -151,6 +151,7 @@ def _train(run: Run, stop: StopRequest) -> int:
     metrics = Metrics(
         Path(config.run_dir), world, start, run.last, train.global_batch, run.flops_per_image, config.precision
     )
+    metrics.options(asdict(config))
     saver = checkpoint.Saver(engine, config, world, start)
     bad_steps = BadSteps(config, world, str if run.index is None else run.index.name)
     batches = run.loader.batches(start)
