@@ -1,14 +1,17 @@
 """A run's encoder, or the authors', as a folder that `timm.create_model("local-dir:FOLDER")` loads."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from timm.models._hub import save_config_for_hf
 
 from mixmim_ds.checkpoints import Checkpoint
+from mixmim_ds.config import ModelConfig
 from mixmim_ds.export.architecture import architecture_source
 from mixmim_ds.export.card import card_of_file, card_of_run
 from mixmim_ds.export.files import Pieces, new_folder, write_safetensors
@@ -17,6 +20,7 @@ from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import MixMIMTransformer
 
 WEIGHTS_FILE, DECODER_FILE, ARCHITECTURE_FILE = "model.safetensors", "decoder.safetensors", "mixmim.py"
+MODEL_NOTE = "model"  # in DECODER_FILE: the options of the model (ModelConfig), as JSON
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,14 @@ class Form:
     dtype: torch.dtype = torch.float32  # of the weights written, or bfloat16
     with_decoder: bool = False  # also decoder.safetensors, the tensors that only pretraining needs
     architecture_file: bool = False  # also mixmim.py, the encoder without this package, for those who have timm alone
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What only pretraining needs."""
+
+    tensors: Mapping[str, Pieces]  # by their names in MixMIM
+    options: Any  # those of ModelConfig, by name
 
 
 def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
@@ -41,7 +53,7 @@ def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
     """
     weights = read_weights(source)
     data = {"mean": tuple(weights.config.data.mean), "std": tuple(weights.config.data.std)}
-    decoder = weights.decoder if form.with_decoder else {}
+    decoder = Decoder(weights.decoder, OmegaConf.to_container(weights.config.model)) if form.with_decoder else None
     _write(out, form, weights.model.encoder, weights.encoder, decoder, card_of_run(weights, out.name, form.dtype), data)
     return weights.checkpoint
 
@@ -56,7 +68,10 @@ def export_file(source: Path, out: Path, form: Form) -> None:
     file = read_official(source)
     if form.with_decoder and not file.decoder:
         raise ValueError(f"--with-decoder: {source} holds no decoder; leave the option out.")
-    encoder, decoder = build_encoder(file), file.decoder if form.with_decoder else {}
+    encoder = build_encoder(file)
+    architecture, (img_size, _) = encoder.pretrained_cfg["architecture"], encoder.patch_embed.img_size
+    options = asdict(ModelConfig(encoder=architecture, img_size=img_size))  # the rest is the paper's, as is the file
+    decoder = Decoder(file.decoder, options) if form.with_decoder else None
     card = card_of_file(encoder, source, out.name, form.dtype)
     _write(out, form, encoder, encoder.state_dict(), decoder, card, {})
 
@@ -66,7 +81,7 @@ def _write(
     form: Form,
     encoder: MixMIMTransformer,
     tensors: Mapping[str, Pieces],
-    decoder: Mapping[str, Pieces],
+    decoder: Decoder | None,
     card: str,
     data: dict[str, Any],
 ) -> None:
@@ -74,7 +89,9 @@ def _write(
     with new_folder(out) as draft:
         write_safetensors(draft / WEIGHTS_FILE, tensors, form.dtype)
         if decoder:
-            write_safetensors(draft / DECODER_FILE, decoder, form.dtype)
+            # Heads and targets, which shapes do not tell.
+            notes = {MODEL_NOTE: json.dumps(decoder.options)}
+            write_safetensors(draft / DECODER_FILE, decoder.tensors, form.dtype, notes)
         save_config_for_hf(encoder, str(draft / "config.json"), data_config=data)
         (draft / "README.md").write_text(card)
         if form.architecture_file:

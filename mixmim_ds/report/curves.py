@@ -89,7 +89,7 @@ def _svg(curve: Curve, points: list[Point], drawn: list[Point], marks: list[int]
     for tick in ticks:
         parts.append(f'<line class=grid x1={LEFT} x2={width - RIGHT} y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x={LEFT - 6} y="{y(tick) + 3.5:.1f}" class=left>{escape(curve.say(tick))}</text>')
-    for tick in (tick for tick in nice_ticks(left, right, width // 80) if left <= tick <= right):
+    for tick in (tick for tick in nice_ticks(left, right, width // 70) if left <= tick <= right):
         parts.append(f'<text x="{x(tick):.1f}" y={height - 6} class=below>{short(tick)}</text>')
     for mark in (mark for mark in marks if left <= mark <= right):
         line = f'<line class=mark x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1={TOP} y2={height - BOTTOM}>'

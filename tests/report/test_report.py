@@ -180,7 +180,8 @@ def test_a_browser_opens_the_page_without_an_error_or_a_request(eventful: Path, 
     )
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,1200", "--virtual-time-budget=1000", "--enable-logging=stderr", "--dump-dom",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=900,1200", "--virtual-time-budget=1000",
+        "--enable-logging=stderr", "--dump-dom",
         (tmp_path / "report.html").as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
