@@ -69,11 +69,18 @@ def export_file(source: Path, out: Path, form: Form) -> None:
     if form.with_decoder and not file.decoder:
         raise ValueError(f"--with-decoder: {source} holds no decoder; leave the option out.")
     encoder = build_encoder(file)
-    architecture, (img_size, _) = encoder.pretrained_cfg["architecture"], encoder.patch_embed.img_size
-    options = asdict(ModelConfig(encoder=architecture, img_size=img_size))  # the rest is the paper's, as is the file
-    decoder = Decoder(file.decoder, options) if form.with_decoder else None
+    decoder = Decoder(file.decoder, _options(encoder, file.decoder)) if form.with_decoder else None
     card = card_of_file(encoder, source, out.name, form.dtype)
     _write(out, form, encoder, encoder.state_dict(), decoder, card, {})
+
+
+def _options(encoder: MixMIMTransformer, decoder: Mapping[str, Pieces]) -> dict[str, Any]:
+    """Those of a model whose file does not name them: by its shapes, and for the rest, as 32 channels a head, the
+    paper's."""
+    dim = decoder["mask_token"].shape[-1]
+    blocks = {name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")}
+    name, (img_size, _) = encoder.pretrained_cfg["architecture"], encoder.patch_embed.img_size
+    return asdict(ModelConfig(name, img_size, decoder_dim=dim, decoder_depth=len(blocks), decoder_num_heads=dim // 32))
 
 
 def _write(
