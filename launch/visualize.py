@@ -20,20 +20,23 @@ def visualize(arguments: argparse.Namespace) -> str:
     for name in ("rows", "neighbours"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be positive.")
+    if not 0 <= arguments.seed < 2**64:
+        raise ValueError(f"--seed {arguments.seed} must be a whole number from 0 to 2^64-1.")
     # Here, for a mistake in the words need not wait for the seconds that these take.
-    from mixmim_ds.evaluate.look import Looking, find_files, read_images
+    from mixmim_ds.evaluate.look import as_the_model_takes_them, draw_pairs, find_files, find_neighbours, read_images
     from mixmim_ds.evaluate.sheet import Captioned, Sheet
     from mixmim_ds.export.pretrained import load_pretrained
 
     files = find_files(arguments.images)
     pretrained = load_pretrained(arguments.source)
     pixels = read_images(files, pretrained.options.img_size)
-    looking = Looking.at(pretrained, pixels)
-    sheet, pairs = Sheet(pixels.shape[-1]), looking.pairs(arguments.rows, arguments.seed)
+    images = as_the_model_takes_them(pretrained, pixels)
+    pairs = draw_pairs(pretrained, images, arguments.rows, arguments.seed)
+    places, cosines = find_neighbours(pretrained, images, arguments.rows, arguments.neighbours)
+    sheet = Sheet(pixels.shape[-1])
     sheet.title("What the model paints behind the mask")
     sheet.pairs(pairs)
     sheet.title("The nearest of the other images, by the encoder's features")
-    places, cosines = looking.neighbours(arguments.rows, arguments.neighbours)
     for query, (near, alike) in enumerate(zip(places.tolist(), cosines.tolist(), strict=True)):
         found = [Captioned(pixels[i], f"{c:.3f}  {files[i].name}") for i, c in zip(near, alike, strict=True)]
         sheet.row([Captioned(pixels[query], files[query].name), *found])

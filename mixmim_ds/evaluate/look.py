@@ -1,10 +1,9 @@
 """What a pretrained model makes of images given by file: what it paints behind the mask, and which look alike to it.
 
-N images    S pixels of a side    D channels
+N images    S pixels of a side
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from mixmim_ds.config import DataConfig
 from mixmim_ds.data.plan import mask_at
 from mixmim_ds.data.scan import EXTENSIONS
 from mixmim_ds.evaluate.features import View, central_windows
@@ -21,6 +19,7 @@ from mixmim_ds.export.pretrained import Pretrained
 from mixmim_ds.train.pictures import draw
 
 MOST = 1000  # images that are read into memory at once
+BATCH = 16  # images that the encoder takes at once
 SUFFIXES = tuple(os.fsdecode(extension) for extension in EXTENSIONS)
 
 
@@ -64,46 +63,45 @@ def read_images(files: list[Path], size: int) -> Tensor:
     return torch.stack(pixels)
 
 
-@dataclass(frozen=True)
-class Looking:
-    """A model, and images as it takes them."""
+def as_the_model_takes_them(pretrained: Pretrained, pixels: Tensor) -> Tensor:
+    """uint8 [N, 3, S, S] -> float32, normalised."""
+    return normalize(pixels.float() / 255, pretrained.data.mean, pretrained.data.std)
 
-    pretrained: Pretrained
-    images: Tensor  # float32 [N, 3, S, S], normalised
 
-    @classmethod
-    def at(cls, pretrained: Pretrained, pixels: Tensor) -> "Looking":
-        """`pixels`: uint8 [N, 3, S, S]."""
-        data: DataConfig = pretrained.data
-        return cls(pretrained, normalize(pixels.float() / 255, data.mean, data.std))
+@torch.inference_mode()
+def draw_pairs(pretrained: Pretrained, images: Tensor, rows: int, seed: int) -> list[Tensor]:
+    """The first pairs of images, 1 and 2, 3 and 4, ...; of an odd number the last goes with the first. Each has the
+    mask that its number as a micro-batch has in step 0 of a run with this seed.
 
-    @torch.inference_mode()
-    def pairs(self, rows: int, seed: int) -> list[Tensor]:
-        """The first pairs of images, 1 and 2, 3 and 4, ...; of an odd number the last goes with the first. Each has the
-        mask that its number as a micro-batch has in step 0 of a run with this seed.
+    Args:
+        images: float32 [N, 3, S, S], normalised.
 
-        Returns:
-            of each the pictures that `draw` makes, uint8 [3, S, 6 * (S + GAP) - GAP].
-        """
-        model, options = self.pretrained.model, self.pretrained.options
-        drawn = []
-        for k in range(min(rows, -(-len(self.images) // 2))):
-            pair = self.images[[2 * k, (2 * k + 1) % len(self.images)]]
-            mask = torch.from_numpy(mask_at(seed, 0, k, model.grid, options.mask_ratio))
-            _, prediction = model(pair, mask)
-            drawn.append(draw(pair, mask, prediction, options.norm_pix_loss, self.pretrained.data))
-        return drawn
+    Returns:
+        of each the pictures that `draw` makes, uint8 [3, S, 6 * (S + GAP) - GAP].
+    """
+    model, options = pretrained.model, pretrained.options
+    drawn = []
+    for k in range(min(rows, -(-len(images) // 2))):
+        pair = images[[2 * k, (2 * k + 1) % len(images)]]
+        mask = torch.from_numpy(mask_at(seed, 0, k, model.grid, options.mask_ratio))
+        _, prediction = model(pair, mask)
+        drawn.append(draw(pair, mask, prediction, options.norm_pix_loss, pretrained.data))
+    return drawn
 
-    @torch.inference_mode()
-    def neighbours(self, rows: int, count: int) -> tuple[Tensor, Tensor]:
-        """For the first images the others that are nearest by the encoder's features, the mean over its last tokens.
 
-        Returns:
-            their places int64 [min(rows, N), min(count, N-1)], nearest first, and their cosines, float32.
-        """
-        vectors = torch.cat([View()(self.pretrained.model.encoder, part) for part in self.images.split(16)])
-        directions = torch.nn.functional.normalize(vectors, dim=1)
-        cosines = directions[:rows] @ directions.T
-        cosines.fill_diagonal_(-torch.inf)  # an image is not its own neighbour
-        values, places = cosines.topk(min(count, len(self.images) - 1), dim=1)
-        return places, values
+@torch.inference_mode()
+def find_neighbours(pretrained: Pretrained, images: Tensor, rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """For the first images the others that are nearest by the encoder's features, the mean over its last tokens.
+
+    Args:
+        images: float32 [N, 3, S, S], normalised.
+
+    Returns:
+        their places int64 [min(rows, N), min(count, N-1)], nearest first, and their cosines, float32.
+    """
+    vectors = torch.cat([View()(pretrained.model.encoder, part) for part in images.split(BATCH)])
+    directions = torch.nn.functional.normalize(vectors, dim=1)
+    cosines = directions[:rows] @ directions.T
+    cosines.fill_diagonal_(-torch.inf)  # an image is not its own neighbour
+    values, places = cosines.topk(min(count, len(images) - 1), dim=1)
+    return places, values

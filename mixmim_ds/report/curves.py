@@ -47,7 +47,7 @@ def thin(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
     size, points = rows_of_a_point(len(rows)), []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        values = [row[key] for row in part if isinstance(row.get(key), int | float)]
+        values = [row[key] for row in part if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
         step = sum(row["step"] for row in part) / len(part)
         mean, low, high = (sum(values) / len(values), min(values), max(values)) if values else (math.nan,) * 3
         points.append(Point(step, mean, low, high))

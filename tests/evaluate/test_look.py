@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mixmim_ds.config import DataConfig, ModelConfig
 from mixmim_ds.data.plan import mask_at
-from mixmim_ds.evaluate.look import Looking, find_files, read_images
+from mixmim_ds.evaluate.look import as_the_model_takes_them, draw_pairs, find_files, find_neighbours, read_images
 from mixmim_ds.export.pretrained import Pretrained, load_pretrained
 from mixmim_ds.models import build_model
 from mixmim_ds.train.pictures import GAP
@@ -37,8 +37,9 @@ def test_pairs_are_drawn_with_the_masks_of_a_run_and_the_last_odd_one_goes_with_
     untrained: Pretrained, photographs: Path
 ) -> None:
     pixels = read_images(files_of(photographs, 5), SIDE)
-    drawn = Looking.at(untrained, pixels).pairs(rows=8, seed=7)
-    assert len(drawn) == 3 and len(Looking.at(untrained, pixels).pairs(rows=2, seed=7)) == 2
+    images = as_the_model_takes_them(untrained, pixels)
+    drawn = draw_pairs(untrained, images, rows=8, seed=7)
+    assert len(drawn) == 3 and len(draw_pairs(untrained, images, rows=2, seed=7)) == 2
     masks = [mask_at(7, 0, k, (2, 2), 0.5) for k in range(3)]
     assert any((mask != masks[0]).any() for mask in masks), "each pair has a mask of its own"
     for (first, second), mask, strip in zip(((0, 1), (2, 3), (4, 0)), masks, drawn, strict=True):
@@ -55,16 +56,16 @@ def test_pairs_are_drawn_with_the_masks_of_a_run_and_the_last_odd_one_goes_with_
 def test_the_nearest_of_an_image_is_its_copy_and_never_itself(untrained: Pretrained, photographs: Path) -> None:
     pixels = read_images(files_of(photographs, 20), SIDE)
     pixels[13] = (pixels[2] * 0.97).to(torch.uint8)
-    places, cosines = Looking.at(untrained, pixels).neighbours(rows=6, count=4)
+    images = as_the_model_takes_them(untrained, pixels)
+    places, cosines = find_neighbours(untrained, images, rows=6, count=4)
     assert places.shape == cosines.shape == (6, 4)
     assert places[2, 0] == 13 and cosines[2, 0] > 0.99
     assert (places != torch.arange(6)[:, None]).all() and (cosines.diff(dim=1) <= 0).all()
     with torch.no_grad():
-        looked = Looking.at(untrained, pixels).images
-        vectors = untrained.model.encoder.forward_features(looked).mean((1, 2)).double().numpy()
+        vectors = untrained.model.encoder.forward_features(images).mean((1, 2)).double().numpy()
     exact = vectors @ vectors[4] / np.linalg.norm(vectors, axis=1) / np.linalg.norm(vectors[4])
     assert places[4].tolist() == [i for i in np.argsort(-exact) if i != 4][:4]
-    assert Looking.at(untrained, pixels[:3]).neighbours(rows=9, count=9)[0].shape == (3, 2), "as many as there are"
+    assert find_neighbours(untrained, images[:3], rows=9, count=9)[0].shape == (3, 2), "as many as there are"
 
 
 def test_images_are_read_upright_and_from_their_middle(tmp_path: Path) -> None:
@@ -107,6 +108,7 @@ MISTAKES = {
     "RUN one.png one.png": "one.png must be a file that does not exist yet and ends in .png",
     "RUN one.png one.png OUT.jpg": "out.png.jpg must be a file that does not exist yet and ends in .png",
     "RUN one.png one.png OUT --rows 0": "--rows 0 must be positive",
+    "RUN one.png one.png OUT --seed=-1": "--seed -1 must be a whole number from 0",
     "EXPORT one.png one.png OUT": "holds no decoder, which reconstructions take; give the run, or export it by",
     "nowhere one.png one.png OUT": "nowhere is no folder",
 }

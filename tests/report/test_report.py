@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -104,7 +105,7 @@ def test_thin_curves_keep_means_and_every_peak() -> None:
     assert len(points) <= POINTS and max(point.high for point in points) == 99.0
     assert points[0].mean == sum(i % 7 for i in range(13)) / 13 and (points[0].low, points[0].high) == (0, 6)
     assert [point.mean for point in thin(rows[:900], "loss")] == [row["loss"] for row in rows[:900]]
-    gone = thin([{"step": i, "loss": None if 3 < i < 6 else 1.0} for i in range(9)], "loss")
+    gone = thin([{"step": i, "loss": {4: None, 5: math.inf}.get(i, 1.0)} for i in range(9)], "loss")
     drawn = panel(Curve("loss", "loss", str), gone, marks=[])
     assert drawn.count("<polyline") == 2 and drawn.count("<circle") == 2, "a gap is no line"
     assert panel(Curve("mfu", "MFU", str), thin(rows, "mfu"), marks=[]) == "", "nothing to draw"
