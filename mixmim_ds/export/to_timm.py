@@ -1,14 +1,17 @@
 """A run's encoder, or the authors', as a folder that `timm.create_model("local-dir:FOLDER")` loads."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from timm.models._hub import save_config_for_hf
 
 from mixmim_ds.checkpoints import Checkpoint
+from mixmim_ds.config import ModelConfig
 from mixmim_ds.export.architecture import architecture_source
 from mixmim_ds.export.card import card_of_file, card_of_run
 from mixmim_ds.export.files import Pieces, new_folder, write_safetensors
@@ -18,6 +21,7 @@ from mixmim_ds.models import Classifier, MixMIMTransformer
 from mixmim_ds.models.sizes import crop_of
 
 WEIGHTS_FILE, DECODER_FILE, ARCHITECTURE_FILE = "model.safetensors", "decoder.safetensors", "mixmim.py"
+MODEL_NOTE = "model"  # in DECODER_FILE: the options of the model (ModelConfig), as JSON
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,14 @@ class Form:
     dtype: torch.dtype = torch.float32  # of the weights written, or bfloat16
     with_decoder: bool = False  # also decoder.safetensors, the tensors that only pretraining needs
     architecture_file: bool = False  # also mixmim.py, the encoder without this package, for those who have timm alone
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What only pretraining needs."""
+
+    tensors: Mapping[str, Pieces]  # by their names in MixMIM
+    options: Any  # those of ModelConfig, by name
 
 
 def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
@@ -42,14 +54,14 @@ def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
             cannot be written.
     """
     weights = read_weights(source)
-    if form.with_decoder and not weights.decoder:
-        raise ValueError(f"--with-decoder: {source} was fine-tuned and holds no decoder; leave the option out.")
     data: dict[str, Any] = {"mean": tuple(weights.config.data.mean), "std": tuple(weights.config.data.std)}
     described: dict[str, Any] = {"data_config": data}
     if isinstance(weights.model, Classifier):
         data["crop_pct"] = crop_of(weights.config.model.img_size)
         described["model_config"] = {"label_names": list(weights.config.data.classes)}
-    decoder = weights.decoder if form.with_decoder else {}
+    if form.with_decoder and not weights.decoder:
+        raise ValueError(f"--with-decoder: {source} was fine-tuned and holds no decoder; leave the option out.")
+    decoder = Decoder(weights.decoder, OmegaConf.to_container(weights.config.model)) if form.with_decoder else None
     card = card_of_run(weights, out.name, form.dtype)
     _write(out, form, weights.model.encoder, weights.encoder, decoder, card, described)
     return weights.checkpoint
@@ -65,9 +77,19 @@ def export_file(source: Path, out: Path, form: Form) -> None:
     file = read_official(source)
     if form.with_decoder and not file.decoder:
         raise ValueError(f"--with-decoder: {source} holds no decoder; leave the option out.")
-    encoder, decoder = build_encoder(file), file.decoder if form.with_decoder else {}
+    encoder = build_encoder(file)
+    decoder = Decoder(file.decoder, _options(encoder, file.decoder)) if form.with_decoder else None
     card = card_of_file(encoder, source, out.name, form.dtype)
     _write(out, form, encoder, encoder.state_dict(), decoder, card, {})
+
+
+def _options(encoder: MixMIMTransformer, decoder: Mapping[str, Pieces]) -> dict[str, Any]:
+    """Those of a model whose file does not name them: by its shapes, and for the rest, as 32 channels a head, the
+    paper's."""
+    dim = decoder["mask_token"].shape[-1]
+    blocks = {name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")}
+    name, (img_size, _) = encoder.pretrained_cfg["architecture"], encoder.patch_embed.img_size
+    return asdict(ModelConfig(name, img_size, decoder_dim=dim, decoder_depth=len(blocks), decoder_num_heads=dim // 32))
 
 
 def _write(
@@ -75,7 +97,7 @@ def _write(
     form: Form,
     encoder: MixMIMTransformer,
     tensors: Mapping[str, Pieces],
-    decoder: Mapping[str, Pieces],
+    decoder: Decoder | None,
     card: str,
     described: dict[str, Any],
 ) -> None:
@@ -83,7 +105,9 @@ def _write(
     with new_folder(out) as draft:
         write_safetensors(draft / WEIGHTS_FILE, tensors, form.dtype)
         if decoder:
-            write_safetensors(draft / DECODER_FILE, decoder, form.dtype)
+            # Heads and targets, which shapes do not tell.
+            notes = {MODEL_NOTE: json.dumps(decoder.options)}
+            write_safetensors(draft / DECODER_FILE, decoder.tensors, form.dtype, notes)
         save_config_for_hf(encoder, str(draft / "config.json"), **described)
         (draft / "README.md").write_text(card)
         if form.architecture_file:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,6 +143,7 @@ def _begin(task: Task, world: World) -> Run:
     if weights:
         log.info("starting anew from the weights of %s", weights)
     metrics = Metrics(Path(config.run_dir), world, start, last, train.global_batch, flops, config.precision)
+    metrics.options(asdict(config))
     saver = checkpoint.Saver(engine, config, world, start)
     return Run(task, world, lock, engine, schedule, metrics, saver, turns, start, last)
 

@@ -4,14 +4,12 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
+from mixmim_ds.train.board import Board
 from mixmim_ds.train.distributed import World
 from mixmim_ds.train.json_lines import JsonLines
 from mixmim_ds.train.pictures import Picture
@@ -73,6 +71,11 @@ class Metrics:
             self.board = Board(run_dir / "tensorboard", start)
         self._restart(start, 0.0)
 
+    def options(self, options: dict[str, Any]) -> None:
+        """Tells TensorBoard what the run is, nested options by name."""
+        if self.world.first:
+            self.board.options(options)
+
     def _restart(self, step: int, waited: float) -> None:
         """Measures time from here on."""
         self.since, self.began, self.waited = step, time.perf_counter(), waited
@@ -119,8 +122,7 @@ class Metrics:
         log.info(self._line(row))
         self.rows.add(row)
         scalars = {name: value for name, value in row.items() if name != "step" and value is not None}
-        for name, value in scalars.items():
-            self.board.tell(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=row["step"]))
+        self.board.scalars(scalars, row["step"])
 
     def _line(self, row: dict[str, Any]) -> str:
         left = int((self.last - row["step"]) * row["step_time_s"])
@@ -151,38 +153,16 @@ class Metrics:
         self.evaluated.append(row)
         self.evaluations.add(row)
         log.info("step %s | %s", f"{step:,}", " | ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        for name, value in scores.items():
-            self.board.tell(
-                partial(SummaryWriter.add_scalar, tag=f"evaluation/{name}", scalar_value=value, global_step=step)
-            )
+        self.board.scalars({f"evaluation/{name}": value for name, value in scores.items()}, step)
 
     def picture(self, step: int, picture: Picture) -> None:
         """A picture into TensorBoard; call it on the first rank only."""
-        self.board.tell(lambda writer: writer.add_image(picture.name, picture.pixels, step))
-        self.board.tell(lambda writer: writer.add_text(f"{picture.name}/columns", picture.caption, step))
+        self.board.picture(step, picture)
 
     def close(self) -> None:
         """Writes out what is buffered."""
         if self.world.first:
-            self.board.tell(SummaryWriter.close)
-
-
-class Board:
-    """TensorBoard's files; one that cannot be written is given up and another begun, for its writer stays broken."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        self.folder, self.start = folder, start
-        self.writer: SummaryWriter | None = None
-
-    def tell(self, tell: Callable[[SummaryWriter], Any]) -> None:
-        """Has something written, or says that it could not."""
-        try:
-            # Events of later steps are a killed run's.
-            self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=self.start + 1)
-            tell(self.writer)
-        except OSError as error:
-            self.writer = None
-            log.warning("%s cannot be written (%s): TensorBoard will lack some steps", self.folder, error.strerror)
+            self.board.close(finished=self.since == self.last)
 
 
 def _finite(value: float) -> float | None:

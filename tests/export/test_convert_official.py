@@ -10,6 +10,7 @@ from launching import converted, refusal
 from safetensors.torch import load_file
 
 from mixmim_ds.export.official import load_official, save_official
+from mixmim_ds.export.pretrained import load_pretrained
 from mixmim_ds.models import MixMIM, MixMIMTransformer
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,8 @@ def test_a_run_goes_to_the_authors_layout_and_back(stage_run: Callable[[str, str
     model = MixMIM("mixmim_tiny", 64, decoder_dim=256, decoder_depth=2, decoder_num_heads=8)
     load_official(model, second)
     _, working = torch.load(run / "live.pt")
-    assert all(torch.equal(parameter, working[name]) for name, parameter in model.named_parameters())
+    for whole in (model, load_pretrained(folder).model, load_pretrained(direct).model):
+        assert all(torch.equal(parameter, working[name]) for name, parameter in whole.named_parameters())
 
 
 def test_a_fine_tuned_file_keeps_its_head(fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path) -> None:

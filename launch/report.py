@@ -1,0 +1,43 @@
+"""A run as one page: python launch/report.py RUN_DIR [OUT.html]
+
+The page (by default RUN_DIR/report.html) holds curves, reconstructions, what happened and when, and needs nothing else:
+send it to whoever wants to know. It can be made while the run is at work, and made again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mixmim_ds.report.page import GENERATOR, render
+from mixmim_ds.report.story import read_story
+
+
+def report(run_dir: Path, out: Path) -> None:
+    """Writes the page. ValueError on a user's mistake."""
+    if out.exists() and (out.is_dir() or GENERATOR.encode() not in out.read_bytes()[:1000]):
+        raise ValueError(f"OUT={out} exists and is no report; choose another file to write to.")
+    page = render(read_story(run_dir))
+    try:
+        out.write_text(page)
+    except OSError as error:
+        raise ValueError(f"OUT={out} cannot be written ({error.strerror}); choose another file.") from error
+
+
+def main() -> int:
+    """Reads the command line and reports; a user's mistake ends in one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run")
+    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: RUN_DIR/report.html")
+    arguments = parser.parse_args()
+    out = arguments.out or arguments.run_dir / "report.html"
+    try:
+        report(arguments.run_dir, out)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

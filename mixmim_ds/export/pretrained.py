@@ -1,0 +1,65 @@
+"""A whole MixMIM, encoder and decoder, read back from a run or from an export that kept both."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from mixmim_ds.config import DataConfig, ModelConfig
+from mixmim_ds.export.layouts import ENCODER
+from mixmim_ds.export.to_timm import DECODER_FILE, MODEL_NOTE, WEIGHTS_FILE
+from mixmim_ds.export.weights import read_weights
+from mixmim_ds.models import MixMIM, build_model
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with what it was trained for."""
+
+    model: MixMIM  # fp32, on the CPU, in evaluation mode
+    options: ModelConfig
+    data: DataConfig  # mean and std of its pixels; the rest says nothing
+
+
+def load_pretrained(source: Path) -> Pretrained:
+    """The model of a run's newest complete checkpoint, of a checkpoint, or of an exported folder.
+
+    Raises:
+        ValueError: there is none, or the export was made without its decoder.
+    """
+    options: Any
+    if (source / "config.json").is_file():
+        options, state = _read_export(source)
+        normalisation = json.loads((source / "config.json").read_text())["pretrained_cfg"]
+    else:
+        weights = read_weights(source)
+        if not weights.decoder:
+            raise ValueError(f"{source} was fine-tuned and holds no decoder; give the run that it was pretrained in.")
+        options = OmegaConf.to_container(weights.config.model)
+        state = {name: pieces.contiguous() for name, pieces in weights.tensors.items()}
+        normalisation = weights.config.data
+    config = ModelConfig(**options)
+    model = build_model(config)
+    model.load_state_dict(state)
+    mean, std = list(normalisation["mean"]), list(normalisation["std"])
+    return Pretrained(model.eval(), config, DataConfig(root="-", mean=mean, std=std))
+
+
+def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the model and its tensors by their names there."""
+    path, remedy = folder / DECODER_FILE, "give the run, or export it by launch/convert.py RUN OUT_DIR --with-decoder."
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no decoder, which reconstructions take; {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+        encoder, decoder = load_file(folder / WEIGHTS_FILE), load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be read ({error}); {remedy}") from error
+    if MODEL_NOTE not in notes:
+        raise ValueError(f"{path} does not say what model it is of, as older exports do not; {remedy}")
+    return json.loads(notes[MODEL_NOTE]), {ENCODER + name: tensor for name, tensor in encoder.items()} | decoder

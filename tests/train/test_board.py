@@ -1,0 +1,50 @@
+"""What a run tells TensorBoard beside its curves, read back as TensorBoard's own plugins read it."""
+
+from pathlib import Path
+
+import pytest
+from launching import rows
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+from mixmim_ds.train.board import Board
+
+
+def table(folder: Path) -> list[api_pb2.SessionGroup]:
+    """The rows of the HPARAMS dashboard, with `loss` as metric."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    asked = api_pb2.ListSessionGroupsRequest(slice_size=9, allowed_statuses=api_pb2.Status.values())
+    asked.col_params.add(metric=api_pb2.MetricName(tag="loss"))
+    context = backend_context.Context(TBContext(data_provider=provider))
+    return list(list_session_groups.Handler(RequestContext(), context, "", asked).run().session_groups)
+
+
+def test_a_run_is_one_row_of_the_table_and_its_options_are_there_as_text(twenty: Path) -> None:
+    (row,) = table(twenty)
+    assert row.hparams["train.global_batch"].number_value == 32
+    assert row.hparams["model.encoder"].string_value == "mixmim_tiny"
+    assert row.hparams["optim.betas"].string_value == "[0.9, 0.95]"
+    (metric,) = row.metric_values
+    assert metric.value == pytest.approx(rows(twenty)[-1]["loss"]) and metric.training_step == 20
+    assert [session.status for session in row.sessions] == [api_pb2.STATUS_SUCCESS]
+    board = EventAccumulator(str(twenty / "tensorboard")).Reload()
+    (text,) = board.Tensors("config/text_summary")
+    assert "    train:\n" in (said := text.tensor_proto.string_val[0].decode()) and "      global_batch: 32\n" in said
+
+
+def test_a_run_that_is_stopped_and_goes_on_stays_one_row_that_ends_with_it(tmp_path: Path) -> None:
+    for start, loss in ((0, 0.5), (10, 0.25)):
+        board = Board(tmp_path / "run", start)
+        board.options({"train": {"seed": 7, "max_steps": None}})
+        board.scalars({"loss": loss}, start + 10)
+        board.close(finished=start == 10)
+        (row,) = table(tmp_path)
+        assert row.hparams["train.seed"].number_value == 7 and "train.max_steps" not in row.hparams
+        assert [metric.value for metric in row.metric_values] == [loss]
+        over = api_pb2.STATUS_SUCCESS if start else api_pb2.STATUS_UNKNOWN
+        assert [session.status for session in row.sessions] == [over]
