@@ -42,6 +42,21 @@ def photographs(shared: Shared) -> Path:
 
 
 @pytest.fixture(scope="session")
+def labelled(photographs: Path, shared: Shared) -> Path:
+    """225 crops of the photographs to learn from and 73 to judge by, a number that nothing divides; links to them."""
+
+    def link(root: Path) -> None:
+        paths = sorted(photographs.glob("*/*"))
+        for part, some in (("val", paths[::4][:73]), ("train", [path for i, path in enumerate(paths) if i % 4])):
+            for path in some:
+                place = root / part / path.relative_to(photographs)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.symlink_to(path)
+
+    return shared("labelled", link)
+
+
+@pytest.fixture(scope="session")
 def small_run(photographs: Path) -> list[str]:
     """Options of a small run that logs every step; its learning rate is at full height from the first step on."""
     return [

@@ -68,6 +68,23 @@ def test_a_run_of_two_nodes_goes_on_with_one(
     assert [row["step"] for row in rows(job.run_dir)] == list(range(1, STEPS + 6))
 
 
+def test_a_job_fine_tunes_across_both_nodes_and_comes_back_after_a_stop(
+    cluster: Cluster, labelled: Path, tmp_path: Path
+) -> None:
+    options = [
+        "model=tiny", "model.img_size=64", "init=random", f"data.root={labelled}", "precision=fp32",
+        f"data.index_dir={labelled.parent / 'index'}", "train.global_batch=32", "train.micro_batch=8",
+        "train.log_every=1", "train.epochs=2",
+    ]  # fmt: skip
+    job = submit(cluster, tmp_path, *options, script="launch/finetune.slurm")
+    job.train(3)
+    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.end() == "COMPLETED" and job.show("Restarts") == ["1"], job.log()
+    judged = [json.loads(line) for line in (job.run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["images"]) for row in judged] == [(7, 73), (14, 73)]
+    assert (job.run_dir / "timm" / "model.safetensors").exists()
+
+
 def test_an_array_is_several_runs_and_a_job_after_it_exports_one(
     cluster: Cluster, job_options: list[str], tmp_path: Path
 ) -> None:

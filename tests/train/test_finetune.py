@@ -31,21 +31,6 @@ PLAIN = ["augment.rand_augment=null", "augment.mixup=0", "augment.cutmix=0", "au
 
 
 @pytest.fixture(scope="module")
-def labelled(photographs: Path, shared: Shared) -> Path:
-    """225 crops of the photographs to learn from and 73 to judge by, a number that nothing divides; links to them."""
-
-    def link(root: Path) -> None:
-        paths = sorted(photographs.glob("*/*"))
-        for part, some in (("val", paths[::4][:73]), ("train", [p for i, p in enumerate(paths) if i % 4])):
-            for path in some:
-                place = root / part / path.relative_to(photographs)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.symlink_to(path)
-
-    return shared("labelled", link)
-
-
-@pytest.fixture(scope="module")
 def options(labelled: Path) -> list[str]:
     """A run with all that fine-tuning knows; its learning rate is at full height from the first step on."""
     return [
