@@ -1,0 +1,236 @@
+"""Does the pretraining pay? `python launch/evidence.py OUT_DIR` (what `make evidence` runs).
+
+MixMIM tiny is pretrained on pictures of Fashion-MNIST without their labels (launch/pictures.py). What it is worth is
+measured where few pictures are labelled, against random weights: by the nearest neighbours of frozen features, by a
+linear classifier on them, and by fine-tuning; everything with three seeds. `--ablations` changes one part of the method
+at a time and probes what came out. OUT_DIR gets evidence.json, evidence.md (the tables), evidence.png and all runs.
+
+A job that is done is not repeated and one that was interrupted goes on, so the same command continues.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SEEDS = (0, 1, 2)
+UNLABELLED, LABELLED, ASKED = 20_000, 1_000, 2_000  # pictures to pretrain on, to learn classes from, to tell
+SIZE = 96  # pixels: 3 x 3 cells of the mask
+MODEL = ("model=tiny", f"model.img_size={SIZE}", "precision=fp32")
+PRETRAINING = (
+    *MODEL, "train.epochs=2", "train.global_batch=32", "train.micro_batch=16", "train.save_every=250",
+    "optim.base_lr=8e-3", "optim.warmup_epochs=0.2", "data.crop_scale=[0.5,1]",
+)  # fmt: skip
+FINETUNING = (*MODEL, "train.epochs=30", "train.global_batch=64", "train.micro_batch=32")
+PROBING = ("--img-size", str(SIZE))
+ABLATIONS = {
+    "attention across both images": ("attention", "model.group_attention=false"),
+    "one reconstruction of two": ("single", "model.dual_reconstruction=false"),
+    "mask ratio 0.25": ("mask25", "model.mask_ratio=0.25"),
+    "mask ratio 0.75": ("mask75", "model.mask_ratio=0.75"),
+    "pixels not normalised": ("pixels", "model.norm_pix_loss=false"),
+}
+MEASURES = {"knn": "nearest neighbours", "linear": "linear classifier", "top1": "fine-tuning"}
+WEIGHTS = ("random", "pretrained")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of the project as a user would type it."""
+
+    name: str  # of its log, and of the run it makes
+    words: tuple[str, ...]
+    minutes: float  # on two idle cores, for the time left
+
+
+def typed(script: str, *words: object) -> tuple[str, ...]:
+    """The words of a command that runs in one process."""
+    return (sys.executable, f"launch/{script}.py", *map(str, words))
+
+
+def launched(script: str, *words: object) -> tuple[str, ...]:
+    """The words of a command that DeepSpeed starts on two processes, or on as many GPUs of two as there are."""
+    processes = min(torch.cuda.device_count(), 2) or 2
+    return (str(BIN / "deepspeed"), "--num_gpus", str(processes), f"launch/{script}.py", *map(str, words))
+
+
+def pretrain(out: Path, name: str, seed: int, *changes: str) -> list[Job]:
+    """Pretrains with a seed, and probes the encoder."""
+    where = f"data.root={out / 'pictures' / 'train'}", f"run_dir={out / name}", f"train.seed={seed}"
+    return [
+        Job(name, launched("pretrain", *PRETRAINING, *where, *changes), 6),
+        Job(f"probe_{name}", typed("probe", out / name, "--data", out / "labelled", *PROBING), 0.6),
+    ]
+
+
+def finetune(out: Path, weights: str, seed: int) -> Job:
+    """Fine-tunes the encoder pretrained with the same seed, or random weights."""
+    init = "random" if weights == "random" else out / f"pretrained_{seed}"
+    name = f"finetuned_{weights}_{seed}"
+    words = f"init={init}", f"data.root={out / 'labelled'}", f"run_dir={out / name}", f"train.seed={seed}"
+    return Job(name, launched("finetune", *FINETUNING, *words), 3.5)
+
+
+def plan(out: Path, ablations: bool) -> list[Job]:
+    """All jobs, in the order in which they can be done."""
+    asked = "--val", ASKED
+    jobs = [
+        Job("pictures", typed("pictures", out / "pictures", "--train", UNLABELLED, *asked), 0.2),
+        Job("labelled", typed("pictures", out / "labelled", "--train", LABELLED, *asked), 0.1),
+    ]
+    for seed in SEEDS:
+        jobs += pretrain(out, f"pretrained_{seed}", seed)
+    if ablations:
+        return jobs + [job for name, change in ABLATIONS.values() for job in pretrain(out, name, SEEDS[0], change)]
+    for seed in SEEDS:
+        untrained = "random:tiny", "--seed", seed, "--data", out / "labelled"
+        jobs.append(Job(f"probe_random_{seed}", typed("probe", *untrained, *PROBING), 0.6))
+        jobs += [finetune(out, weights, seed) for weights in WEIGHTS]
+    return jobs
+
+
+def is_done(out: Path, job: Job) -> bool:
+    """Tells whether this very command has come to its end."""
+    marker = out / "done" / f"{job.name}.json"
+    return marker.is_file() and json.loads(marker.read_text())["command"] == list(job.words)
+
+
+def follow(job: Job, log: Path, bar: "tqdm[NoReturn]", end: float) -> int:
+    """Runs a job and moves the bar up to `end` (minutes) meanwhile; returns the exit code."""
+    # The launcher looks for its own tools on PATH, as in an activated environment.
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    with log.open("a") as file:
+        process = subprocess.Popen(job.words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                return process.wait(1)
+            except subprocess.TimeoutExpired:
+                bar.update(min(1 / 60, end - bar.n))
+
+
+def work_off(out: Path, jobs: list[Job]) -> None:
+    """Does what is not done yet; the bar shows the time left. A job that fails ends the program with its exit code."""
+    for name in ("logs", "done"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    due = [job for job in jobs if not is_done(out, job)]
+    left = "{desc}: {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left"
+    with tqdm(total=sum(job.minutes for job in due), bar_format=left, smoothing=0, disable=None) as bar:
+        end = 0.0
+        for job in due:
+            bar.set_description(job.name)
+            log, start, end = out / "logs" / f"{job.name}.log", time.monotonic(), end + job.minutes
+            code = follow(job, log, bar, end)
+            if code:
+                print(f"error: {job.name} failed: {log} says why; the same command goes on from here.", file=sys.stderr)
+                sys.exit(code)
+            bar.update(end - bar.n)
+            taken = {"command": job.words, "minutes": round((time.monotonic() - start) / 60, 2)}
+            (out / "done" / f"{job.name}.json").write_text(json.dumps(taken))
+
+
+def probed(out: Path, name: str) -> dict[str, float]:
+    """What the probe of a pretraining (or of random weights) printed."""
+    return json.loads((out / "logs" / f"probe_{name}.log").read_text().splitlines()[-1])
+
+
+def evaluations(out: Path, weights: str, seed: int) -> list[dict[str, float]]:
+    """The rows of a fine-tuning, one each time that it was judged."""
+    file = out / f"finetuned_{weights}_{seed}" / "evaluations.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def measure(out: Path) -> dict[str, dict[str, list[float]]]:
+    """Top-1 by measure and weights, one a seed; of fine-tuning the last, for choosing the best would be peeking."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
+    for weights in WEIGHTS:
+        for name in ("knn", "linear"):
+            found[name][weights] = [probed(out, f"{weights}_{seed}")[name] for seed in SEEDS]
+        found["top1"][weights] = [evaluations(out, weights, seed)[-1]["top1"] for seed in SEEDS]
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in per cent."""
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    """What pretraining gives, as markdown; the gain is of the same seed."""
+    lines = [f"| top-1, %, of {ASKED:,} pictures | random weights | pretrained | gain |", "|---|---|---|---|"]
+    for name, title in MEASURES.items():
+        random, pretrained = (found[name][weights] for weights in WEIGHTS)
+        gain = spread([after - before for before, after in zip(random, pretrained, strict=True)])
+        lines.append(f"| {title} | {spread(random)} | {spread(pretrained)} | {gain} |")
+    return "\n".join(lines)
+
+
+def ablation_table(method: list[dict[str, float]], found: dict[str, dict[str, float]]) -> str:
+    """What the parts of the method give, as markdown; `method`: the probes of the whole method, one a seed."""
+    lines = ["| pretraining | nearest neighbours | linear classifier |", "|---|---|---|"]
+    means = (spread([each[name] for each in method]) for name in ("knn", "linear"))
+    lines.append(f"| the method, {len(SEEDS)} seeds | {' | '.join(means)} |")
+    lines += [f"| {title} | {100 * each['knn']:.1f} | {100 * each['linear']:.1f} |" for title, each in found.items()]
+    return "\n".join(lines)
+
+
+def draw(out: Path, found: dict[str, dict[str, list[float]]]) -> None:
+    """Bars of all measures, and how fine-tuning came there, as PNG."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    bars, curves = figure.subplots(1, 2)
+    for place, (weights, colour) in enumerate(zip(WEIGHTS, ("0.6", "tab:blue"), strict=True)):
+        values = [[100 * top1 for top1 in found[name][weights]] for name in MEASURES]
+        means, errors = map(statistics.mean, values), map(statistics.stdev, values)
+        at = [each + 0.38 * (place - 0.5) for each in range(len(values))]
+        bars.bar(at, list(means), 0.36, yerr=list(errors), color=colour, label=weights)
+        for seed in SEEDS:
+            rows = evaluations(out, weights, seed)
+            curves.plot([row["epoch"] for row in rows], [100 * row["top1"] for row in rows], color=colour)
+    bars.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
+    bars.set(ylabel="top-1, %", ylim=(50, 100), title=f"{LABELLED:,} labelled pictures")
+    curves.set(xlabel="epoch", ylim=(50, 100), title=f"fine-tuning, {len(SEEDS)} seeds")
+    bars.legend(loc="upper left")
+    figure.savefig(out / "evidence.png", dpi=120)
+
+
+def report(out: Path, name: str, found: object, text: str) -> None:
+    """Writes numbers and table, and prints them."""
+    (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / f"{name}.md").write_text(text + "\n")
+    print(f"{text}\n\nwritten into {out}: {name}.json, {name}.md")
+
+
+def main() -> None:
+    """Does the experiment and writes what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder for the pictures, the runs and the evidence")
+    parser.add_argument("--ablations", action="store_true", help="the parts of the method, instead of what it gives")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    work_off(out, plan(out, arguments.ablations))
+    if arguments.ablations:
+        changed = {title: probed(out, name) for title, (name, _) in ABLATIONS.items()}
+        report(
+            out, "ablations", changed, ablation_table([probed(out, f"pretrained_{seed}") for seed in SEEDS], changed)
+        )
+    else:
+        found = measure(out)
+        report(out, "evidence", found, table(found))
+        draw(out, found)
+
+
+if __name__ == "__main__":
+    main()
