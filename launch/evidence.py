@@ -34,7 +34,7 @@ PRETRAINING = (
     "optim.base_lr=8e-3", "optim.warmup_epochs=0.2", "data.crop_scale=[0.5,1]",
 )  # fmt: skip
 FINETUNING = (*MODEL, "train.epochs=30", "train.global_batch=64", "train.micro_batch=32")
-PROBING = ("--img-size", str(SIZE))
+STAGES = (3, 4)  # that are probed: of pretrained weights the last is shaped by the reconstruction more than by content
 ABLATIONS = {
     "attention across both images": ("attention", "model.group_attention=false"),
     "one reconstruction of two": ("single", "model.dual_reconstruction=false"),
@@ -42,7 +42,8 @@ ABLATIONS = {
     "mask ratio 0.75": ("mask75", "model.mask_ratio=0.75"),
     "pixels not normalised": ("pixels", "model.norm_pix_loss=false"),
 }
-MEASURES = {"knn": "nearest neighbours", "linear": "linear classifier", "top1": "fine-tuning"}
+PROBES = {"knn": "nearest neighbours", "linear": "linear classifier"}
+TUNED = "fine-tuning"
 WEIGHTS = ("random", "pretrained")
 
 
@@ -66,13 +67,17 @@ def launched(script: str, *words: object) -> tuple[str, ...]:
     return (str(BIN / "deepspeed"), "--num_gpus", str(processes), f"launch/{script}.py", *map(str, words))
 
 
+def probe(out: Path, name: str, *source: object) -> list[Job]:
+    """Probes an encoder, a job for each of its stages."""
+    words = *source, "--data", out / "labelled", "--img-size", SIZE, "--stage"
+    return [Job(f"probe_{name}_{stage}", typed("probe", *words, stage), 0.5) for stage in STAGES]
+
+
 def pretrain(out: Path, name: str, seed: int, *changes: str) -> list[Job]:
     """Pretrains with a seed, and probes the encoder."""
     where = f"data.root={out / 'pictures' / 'train'}", f"run_dir={out / name}", f"train.seed={seed}"
-    return [
-        Job(name, launched("pretrain", *PRETRAINING, *where, *changes), 6),
-        Job(f"probe_{name}", typed("probe", out / name, "--data", out / "labelled", *PROBING), 0.6),
-    ]
+    job = Job(name, launched("pretrain", *PRETRAINING, *where, *changes), 5.5)
+    return [job, *probe(out, name, out / name)]
 
 
 def finetune(out: Path, weights: str, seed: int) -> Job:
@@ -95,8 +100,7 @@ def plan(out: Path, ablations: bool) -> list[Job]:
     if ablations:
         return jobs + [job for name, change in ABLATIONS.values() for job in pretrain(out, name, SEEDS[0], change)]
     for seed in SEEDS:
-        untrained = "random:tiny", "--seed", seed, "--data", out / "labelled"
-        jobs.append(Job(f"probe_random_{seed}", typed("probe", *untrained, *PROBING), 0.6))
+        jobs += probe(out, f"random_{seed}", "random:tiny", "--seed", seed)
         jobs += [finetune(out, weights, seed) for weights in WEIGHTS]
     return jobs
 
@@ -143,8 +147,12 @@ def work_off(out: Path, jobs: list[Job]) -> None:
 
 
 def probed(out: Path, name: str) -> dict[str, float]:
-    """What the probe of a pretraining (or of random weights) printed."""
-    return json.loads((out / "logs" / f"probe_{name}.log").read_text().splitlines()[-1])
+    """Top-1 of an encoder by what was probed."""
+    found: dict[str, float] = {}
+    for stage in STAGES:
+        last = (out / "logs" / f"probe_{name}_{stage}.log").read_text().splitlines()[-1]
+        found |= {f"{title}, stage {stage}": json.loads(last)[key] for key, title in PROBES.items()}
+    return found
 
 
 def evaluations(out: Path, weights: str, seed: int) -> list[dict[str, float]]:
@@ -153,60 +161,63 @@ def evaluations(out: Path, weights: str, seed: int) -> list[dict[str, float]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def measure(out: Path) -> dict[str, dict[str, list[float]]]:
-    """Top-1 by measure and weights, one a seed; of fine-tuning the last, for choosing the best would be peeking."""
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in MEASURES}
-    for weights in WEIGHTS:
-        for name in ("knn", "linear"):
-            found[name][weights] = [probed(out, f"{weights}_{seed}")[name] for seed in SEEDS]
-        found["top1"][weights] = [evaluations(out, weights, seed)[-1]["top1"] for seed in SEEDS]
-    return found
+def measure(out: Path, weights: str) -> list[dict[str, float]]:
+    """Top-1 by measure, a row a seed; of fine-tuning the last, for choosing the best would be peeking."""
+    return [
+        probed(out, f"{weights}_{seed}") | {TUNED: evaluations(out, weights, seed)[-1]["top1"]} for seed in SEEDS
+    ]  # fmt: skip
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation in per cent."""
-    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+def percent(values: list[float]) -> str:
+    """One value, or mean and standard deviation."""
+    each = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{each}"
 
 
-def table(found: dict[str, dict[str, list[float]]]) -> str:
-    """What pretraining gives, as markdown; the gain is of the same seed."""
+def gain_table(found: dict[str, list[dict[str, float]]]) -> str:
+    """What pretraining gives, as markdown; the gain is that of the same seed."""
     lines = [f"| top-1, %, of {ASKED:,} pictures | random weights | pretrained | gain |", "|---|---|---|---|"]
-    for name, title in MEASURES.items():
-        random, pretrained = (found[name][weights] for weights in WEIGHTS)
-        gain = spread([after - before for before, after in zip(random, pretrained, strict=True)])
-        lines.append(f"| {title} | {spread(random)} | {spread(pretrained)} | {gain} |")
+    for title in found["random"][0]:
+        random, pretrained = ([row[title] for row in found[weights]] for weights in WEIGHTS)
+        gains = [after - before for before, after in zip(random, pretrained, strict=True)]
+        lines.append(f"| {title} | {percent(random)} | {percent(pretrained)} | {percent(gains)} |")
     return "\n".join(lines)
 
 
-def ablation_table(method: list[dict[str, float]], found: dict[str, dict[str, float]]) -> str:
-    """What the parts of the method give, as markdown; `method`: the probes of the whole method, one a seed."""
-    lines = ["| pretraining | nearest neighbours | linear classifier |", "|---|---|---|"]
-    means = (spread([each[name] for each in method]) for name in ("knn", "linear"))
-    lines.append(f"| the method, {len(SEEDS)} seeds | {' | '.join(means)} |")
-    lines += [f"| {title} | {100 * each['knn']:.1f} | {100 * each['linear']:.1f} |" for title, each in found.items()]
+def ablation_table(found: dict[str, list[dict[str, float]]]) -> str:
+    """What the parts of the method give, as markdown: a line for each pretraining, of one or more seeds."""
+    titles = list(next(iter(found.values()))[0])
+    lines = [f"| top-1, % | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for name, rows in found.items():
+        lines.append(f"| {name} | {' | '.join(percent([row[title] for row in rows]) for title in titles)} |")
     return "\n".join(lines)
 
 
-def draw(out: Path, found: dict[str, dict[str, list[float]]]) -> None:
+def draw(out: Path, found: dict[str, list[dict[str, float]]]) -> None:
     """Bars of all measures, and how fine-tuning came there, as PNG."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     bars, curves = figure.subplots(1, 2)
-    for place, (weights, colour) in enumerate(zip(WEIGHTS, ("0.6", "tab:blue"), strict=True)):
-        values = [[100 * top1 for top1 in found[name][weights]] for name in MEASURES]
-        means, errors = map(statistics.mean, values), map(statistics.stdev, values)
-        at = [each + 0.38 * (place - 0.5) for each in range(len(values))]
-        bars.bar(at, list(means), 0.36, yerr=list(errors), color=colour, label=weights)
+    titles = list(found["random"][0])
+    for weights, colour, shift in zip(WEIGHTS, ("0.6", "tab:blue"), (-0.19, 0.19), strict=True):
+        columns = [[100 * row[title] for row in found[weights]] for title in titles]
+        means, errors = (
+            [statistics.mean(values) for values in columns],
+            [statistics.stdev(values) for values in columns],
+        )
+        places = [place + shift for place in range(len(titles))]
+        bars.barh(places, means, 0.36, xerr=errors, color=colour, label=weights)
         for seed in SEEDS:
             rows = evaluations(out, weights, seed)
             curves.plot([row["epoch"] for row in rows], [100 * row["top1"] for row in rows], color=colour)
-    bars.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
-    bars.set(ylabel="top-1, %", ylim=(50, 100), title=f"{LABELLED:,} labelled pictures")
-    curves.set(xlabel="epoch", ylim=(50, 100), title=f"fine-tuning, {len(SEEDS)} seeds")
-    bars.legend(loc="upper left")
+    bars.set_yticks(range(len(titles)), titles)
+    bars.set(xlabel="top-1, %", xlim=(40, 100), title=f"{LABELLED:,} labelled pictures, {len(SEEDS)} seeds")
+    bars.invert_yaxis()
+    bars.legend(loc="upper right")
+    curves.set(xlabel="epoch", ylabel="top-1, %", title=TUNED)
     figure.savefig(out / "evidence.png", dpi=120)
 
 
-def report(out: Path, name: str, found: object, text: str) -> None:
+def report(out: Path, name: str, found: dict[str, list[dict[str, float]]], text: str) -> None:
     """Writes numbers and table, and prints them."""
     (out / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
     (out / f"{name}.md").write_text(text + "\n")
@@ -222,13 +233,12 @@ def main() -> None:
     out = arguments.out.resolve()
     work_off(out, plan(out, arguments.ablations))
     if arguments.ablations:
-        changed = {title: probed(out, name) for title, (name, _) in ABLATIONS.items()}
-        report(
-            out, "ablations", changed, ablation_table([probed(out, f"pretrained_{seed}") for seed in SEEDS], changed)
-        )
+        found = {f"the method, {len(SEEDS)} seeds": [probed(out, f"pretrained_{seed}") for seed in SEEDS]}
+        found |= {title: [probed(out, name)] for title, (name, _) in ABLATIONS.items()}
+        report(out, "ablations", found, ablation_table(found))
     else:
-        found = measure(out)
-        report(out, "evidence", found, table(found))
+        found = {weights: measure(out, weights) for weights in WEIGHTS}
+        report(out, "evidence", found, gain_table(found))
         draw(out, found)
 
 
