@@ -10,7 +10,7 @@ from launching import ROOT
 from mixmim_ds.config import flatten, load_config
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted(ROOT.glob("*.md")) + [ROOT / "ds_configs" / "README.md"]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "ds_configs" / "README.md"]
 
 
 def commands() -> list[list[str]]:
