@@ -204,9 +204,9 @@ def draw(out: Path, found: dict[str, list[dict[str, float]]]) -> None:
             rows = evaluations(out, weights, seed)
             curves.plot([row["epoch"] for row in rows], [100 * row["top1"] for row in rows], color=colour)
     bars.set_yticks(range(len(titles)), titles)
-    bars.set(xlabel="top-1, %", xlim=(40, 100), title=f"{LABELLED:,} labelled pictures, {len(SEEDS)} seeds")
+    bars.set(xlabel="top-1, %", xlim=(0, 100), title=f"{LABELLED:,} labelled pictures, {len(SEEDS)} seeds")
     bars.invert_yaxis()
-    bars.legend(loc="upper right")
+    bars.legend(loc="lower left")
     curves.set(xlabel="epoch", ylabel="top-1, %", title=TUNED)
     figure.savefig(out / "evidence.png", dpi=120)
 
