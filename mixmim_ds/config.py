@@ -35,6 +35,8 @@ class ModelConfig:
     decoder_depth: int = 8
     decoder_num_heads: int = 16
     norm_pix_loss: bool = True
+    group_attention: bool = True  # False, an ablation: tokens of both mixed images attend to each other
+    dual_reconstruction: bool = True  # False, an ablation: only what the mask hides of image i in mixed image i counts
 
     def __post_init__(self) -> None:
         _positive("model", self, "img_size decoder_dim decoder_depth decoder_num_heads")

@@ -12,7 +12,7 @@ from mixmim_ds.compose import load_config, load_finetune_config
 from mixmim_ds.config import RunConfig, flatten
 
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted(ROOT.glob("*.md")) + [ROOT / "ds_configs" / "README.md"]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "ds_configs" / "README.md"]
 
 
 def commands() -> list[list[str]]:

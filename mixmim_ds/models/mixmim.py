@@ -61,6 +61,9 @@ class MixMIM(nn.Module):
         img_size: pixels; None = the encoder's own.
         decoder_dim, decoder_depth, decoder_num_heads: of the decoder, the same for all encoders of the paper.
         norm_pix_loss: reconstruct cells normalised to mean 0 and variance 1, rather than pixels.
+        group_attention: tokens attend to those of their own image only; False = to those of both, an ablation.
+        dual_reconstruction: the loss counts all cells of an image; False = only those that mixed image i hides of
+            image i (the mask's True), an ablation.
 
     Raises:
         ValueError: the encoder is none of ours or does not fit the image size.
@@ -76,6 +79,8 @@ class MixMIM(nn.Module):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = True,
+        group_attention: bool = True,
+        dual_reconstruction: bool = True,
     ) -> None:
         super().__init__()
         if encoder not in timm.list_models("mixmim_*"):
@@ -84,6 +89,8 @@ class MixMIM(nn.Module):
         size = {} if img_size is None else {"img_size": img_size}
         self.encoder: MixMIMTransformer = timm.create_model(encoder, num_classes=0, **size)
         self.norm_pix_loss = norm_pix_loss
+        self.group_attention = group_attention
+        self.dual_reconstruction = dual_reconstruction
         height, width = to_2tuple(self.encoder.patch_embed.img_size)
         self.grid = (height // CELL, width // CELL)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -130,7 +137,8 @@ class MixMIM(nn.Module):
             mask: bool [H/32, W/32], True = taken from image B-1-i.
 
         Returns:
-            loss: float32 (or float64) scalar, mean squared error over all cells of all images.
+            loss: float32 (or float64) scalar, mean squared error over all cells of all images (or those that
+                dual_reconstruction=False leaves).
             prediction: [B, L, P], the cells of every image as reconstructed where they were masked.
 
         Raises:
@@ -141,12 +149,14 @@ class MixMIM(nn.Module):
         if tuple(mask.shape) != self.grid:
             raise ValueError(f"the mask is {tuple(mask.shape)}, the images have {self.grid} cells of {CELL} pixels.")
         mixed = masking.mix(images, mask).to(self.mask_token.dtype)
-        prediction = self.decode(self.encoder.forward_features(mixed, mask).flatten(1, 2), mask)
+        tokens = self.encoder.forward_features(mixed, mask if self.group_attention else None)
+        prediction = self.decode(tokens.flatten(1, 2), mask)
         exact = torch.promote_types(images.dtype, torch.float32)
         target = patchify(images.to(exact))
         if self.norm_pix_loss:
             target = normalise(target)[0]
-        return (prediction.to(exact) - target).square().mean(), prediction
+        error = (prediction.to(exact) - target).square()
+        return (error if self.dual_reconstruction else error[:, mask.flatten()]).mean(), prediction
 
     def flops_per_image(self) -> int:
         """Floating-point operations (2 per multiply-accumulate) of one image's forward pass, as the method states it:
@@ -161,5 +171,5 @@ def build_model(options: "ModelConfig") -> MixMIM:
     """The model that a run's options describe, with random weights. ValueError as `MixMIM`."""
     return MixMIM(
         options.encoder, options.img_size, options.decoder_dim, options.decoder_depth, options.decoder_num_heads,
-        options.norm_pix_loss,
+        options.norm_pix_loss, options.group_attention, options.dual_reconstruction,
     )  # fmt: skip

@@ -82,6 +82,32 @@ def test_fp32_equals_the_reference() -> None:
     assert_equals_reference(model, *some_input(model, 4, 8), tolerance=1e-5)
 
 
+def test_without_group_attention_tokens_of_both_images_meet() -> None:
+    model = build(img_size=96, group_attention=False)
+    images, mask = some_input(model, 4, 4)
+    params, shape = dict(model.state_dict()), shape_of(model)
+    hidden = reference.on_grid(mask, 96, 96)
+    mixed = torch.stack([torch.where(hidden, images[3 - i], images[i]) for i in range(4)])
+    own, partner = reference.decode(params, reference.encode(params, mixed, shape), mask, shape)  # groups unknown
+    expected = torch.where(mask.flatten()[:, None], own, partner.flip(0))
+    loss, prediction = model(images, mask)
+    torch.testing.assert_close(prediction, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(loss, (expected - reference.targets(images, True)).square().mean())
+    assert not torch.allclose(prediction, build(img_size=96)(images, mask)[1], rtol=1e-3)
+
+
+def test_without_dual_reconstruction_only_what_an_image_hides_of_itself_counts() -> None:
+    model = build(img_size=96, dual_reconstruction=False)
+    images, mask = some_input(model, 4, 4)
+    loss, prediction = model(images, mask)
+    target = reference.targets(images, True)
+    hidden = [cell for cell in range(9) if mask.flatten()[cell]]
+    expected = sum((prediction[i, c] - target[i, c]).square().mean() for i in range(4) for c in hidden) / 16
+    torch.testing.assert_close(loss, expected)
+    whole, same = build(img_size=96)(images, mask)
+    assert torch.equal(prediction, same) and not torch.allclose(loss, whole, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_base_at_224_equals_the_reference() -> None:
     model = build("mixmim_base", 224, torch.float32, decoder_dim=512, decoder_depth=8, decoder_num_heads=16)
