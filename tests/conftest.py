@@ -7,6 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+# Threads that wait for others of theirs must not spin: pytest's workers and the runs that they start share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 from filelock import FileLock
 from launching import ROOT, Shared, run, tasks

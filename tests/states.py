@@ -27,16 +27,19 @@ from mixmim_ds.train.restore import master_vectors
 
 
 class Observer(Ledger):
-    """A ledger that also adds up what each kind of collective moves: bytes of its largest list of tensors."""
+    """A ledger that also counts collectives by kind and adds up what they move, bytes of the largest list of tensors."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__(known)
         self.moved: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d" and function.__name__ != "barrier":
             lists = [[t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)] for arg in args]
-            self.moved[function.__name__.split(".")[0]] += max(map(sum, lists))
+            name = function.__name__.split(".")[0]
+            self.moved[name] += max(map(sum, lists))
+            self.calls[name] += 1
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
@@ -80,7 +83,7 @@ def observe(config: PretrainConfig, world: World) -> None:
     known = [tensor for tensors in at_start.values() for tensor in tensors]
     with Observer([*known, *engine.module.buffers()]) as observer, sdpa_kernel(SDPBackend.MATH):
         for _ in range(2):
-            observer.moved.clear()
+            observer.moved.clear(), observer.calls.clear()
             for _ in range(accumulation(config, world.size)):
                 images = torch.randn(config.train.micro_batch, 3, size, size)
                 loss, prediction = engine(images, torch.zeros(grid, dtype=torch.bool))
@@ -91,7 +94,9 @@ def observe(config: PretrainConfig, world: World) -> None:
     found["peak"] = sum(sizes(at_start).values()) + observer.peak
     Saver(engine, config, world, 0).save(2, must=True)
     if world.first:
-        (Path(config.run_dir) / "held.json").write_text(json.dumps({**found, "moved": observer.moved}))
+        (Path(config.run_dir) / "held.json").write_text(
+            json.dumps({**found, "moved": observer.moved, "calls": observer.calls})
+        )
 
 
 files = [word for word in sys.argv[1:] if word.startswith("ds=")]

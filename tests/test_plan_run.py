@@ -83,6 +83,19 @@ def test_what_is_sent_is_what_the_engine_sends(stage: int, held: Held) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGE_NUMBERS)
+def test_a_step_takes_no_more_collectives_than_it_did(stage: int, held: Held) -> None:
+    """As counted once; more of them, of the same bytes, would be a bucket or a hook that does not do its work."""
+    most = {
+        1: {"allreduce_": 1, "_allgather_base_": 2},
+        2: {"allreduce_": 27, "_allgather_base_": 2},
+        3: {"allreduce_": 2, "_allgather_base_": 134, "_reduce_scatter_base_": 24},
+    }[stage]
+    calls = held[stage][1]["calls"]
+    assert calls.keys() == most.keys() and all(calls[name] <= most[name] for name in most), calls
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGE_NUMBERS)
 def test_a_checkpoint_is_as_large_as_planned(stage: int, held: Held) -> None:
     config, _ = held[stage]
     model = build_model(config.model)

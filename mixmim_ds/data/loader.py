@@ -143,16 +143,17 @@ def plan_of(config: RunConfig, sizes: np.ndarray, mask_grid: tuple[int, int], ma
 
 
 class Normalise:
-    """uint8 [B, 3, H, W] -> float32: (pixels / 255 - mean) / std per channel.
+    """uint8 [B, 3, H, W] -> float32: (pixels / 255 - mean) / std per channel, in one piece of memory.
 
     Its constants lie on the device: making them for each batch would make the host wait for the GPU.
     """
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
-        self.mean, self.std = (torch.tensor(v, device=device)[:, None, None] for v in (data.mean, data.std))
+        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (data.mean, data.std))
+        self.scale, self.shift = ((1 / (255 * std)).float().to(device), (-mean / std).float().to(device))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        return (pixels / 255 - self.mean) / self.std
+        return pixels.float().mul_(self.scale).add_(self.shift)
 
 
 class DaliLoader(Generic[B]):

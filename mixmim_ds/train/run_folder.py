@@ -50,7 +50,9 @@ def difference_to(config: RunConfig, fingerprint: str) -> tuple[str, Any, Any] |
     if not (folder / "config.yaml").exists():
         return None
     held: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    before, now = flatten(held), identity(config) | {"data.fingerprint": fingerprint}
+    # An option that is younger than the run had its default there.
+    defaults: Any = OmegaConf.to_container(OmegaConf.structured(type(config)))
+    before, now = flatten(defaults) | flatten(held), identity(config) | {"data.fingerprint": fingerprint}
     return next(((name, before.get(name), value) for name, value in now.items() if before.get(name) != value), None)
 
 

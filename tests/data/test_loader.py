@@ -43,7 +43,6 @@ def test_images_and_mask_are_what_the_model_takes(index: Images) -> None:
     batch = next(loader.batches(0))
     assert batch.images.shape == (8, 3, 64, 64) and batch.images.dtype == torch.float32
     assert batch.mask.shape == (2, 2) and batch.mask.dtype == torch.bool and batch.mask.sum() == 2
-    assert loader.wait_s > 0
 
 
 def test_normalisation_is_torchvisions() -> None:
