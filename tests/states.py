@@ -27,7 +27,7 @@ from mixmim_ds.train.restore import master_vectors
 
 
 class Observer(Ledger):
-    """A ledger that also counts collectives by kind and adds up what they move, bytes of the largest list of tensors."""
+    """A ledger that also counts collectives by kind, and the bytes of the largest list of tensors that each moves."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__(known)
