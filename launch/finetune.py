@@ -7,7 +7,7 @@ the classifier that init is, an exported folder or a fine-tuning run, and takes 
 import sys
 
 from mixmim_ds.compose import load_finetune_config
-from mixmim_ds.config import FinetuneConfig
+from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.train.command import command
 
 

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 
 from mixmim_ds.compose import load_config, load_finetune_config
-from mixmim_ds.config import FinetuneConfig, PretrainConfig
+from mixmim_ds.config import PretrainConfig
+from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.train.distributed import RunFailed, tell
 
 LOADERS: dict[str, Callable[[list[str]], PretrainConfig | FinetuneConfig]] = {

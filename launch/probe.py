@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
-from mixmim_ds.config import LabelledDataConfig
+from mixmim_ds.finetune_config import LabelledDataConfig
 
 
 def probe(arguments: argparse.Namespace) -> dict[str, object]:

@@ -10,7 +10,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixmim_ds.config import ROOT, FinetuneConfig, PretrainConfig, RunConfig, flatten
+from mixmim_ds.config import ROOT, PretrainConfig, RunConfig, flatten
+from mixmim_ds.finetune_config import FinetuneConfig
 
 CONF = ROOT / "launch" / "conf"
 MISSING_MEANS = {

@@ -1,4 +1,5 @@
-"""The options of a run, of pretraining or fine-tuning: their names, types, defaults and checks (Hydra's schema)."""
+"""The options of a run: their names, types, defaults and checks (Hydra's schema). Those of fine-tuning alone are in
+finetune_config.py."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,19 +10,22 @@ from omegaconf import MISSING
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _require(holds: bool, sentence: str) -> None:
+def require(holds: bool, sentence: str) -> None:
+    """ValueError with the sentence unless the condition holds."""
     if not holds:
         raise ValueError(sentence)
 
 
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{option}={value} must be one of {', '.join(choices)}.")
+def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError unless the option's value is one of the choices."""
+    require(value in choices, f"{option}={value} must be one of {', '.join(choices)}.")
 
 
-def _positive(section: str, options: Any, names: str) -> None:
+def positive(section: str, options: Any, names: str) -> None:
+    """ValueError unless the options of these names, in a section, are above 0."""
     for name in names.split():
         value = getattr(options, name)
-        _require(value > 0, f"{section}.{name}={value} must be positive.")
+        require(value > 0, f"{section}.{name}={value} must be positive.")
 
 
 @dataclass
@@ -39,9 +43,9 @@ class ModelConfig:
     dual_reconstruction: bool = True  # False, an ablation: only what the mask hides of image i in mixed image i counts
 
     def __post_init__(self) -> None:
-        _positive("model", self, "img_size decoder_dim decoder_depth decoder_num_heads")
-        _require(0 < self.mask_ratio < 1, f"model.mask_ratio={self.mask_ratio} must lie between 0 and 1.")
-        _require(
+        positive("model", self, "img_size decoder_dim decoder_depth decoder_num_heads")
+        require(0 < self.mask_ratio < 1, f"model.mask_ratio={self.mask_ratio} must lie between 0 and 1.")
+        require(
             self.decoder_dim % self.decoder_num_heads == 0 and self.decoder_dim % 4 == 0,
             f"model.decoder_dim={self.decoder_dim} must be a multiple of 4 and of model.decoder_num_heads="
             f"{self.decoder_num_heads}.",
@@ -67,15 +71,15 @@ class DataConfig:
     synthetic_images: int = 1_281_167  # size of the epoch of data=synthetic
 
     def __post_init__(self) -> None:
-        _one_of("data.kind", self.kind, ("folder", "shards", "synthetic"))
-        _positive("data", self, "prefetch synthetic_images")
-        _require(self.threads >= 0, f"data.threads={self.threads} must be 0 (automatic) or a number of threads.")
-        _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share={self.max_bad_share} must lie in 0 .. 1.")
+        one_of("data.kind", self.kind, ("folder", "shards", "synthetic"))
+        positive("data", self, "prefetch synthetic_images")
+        require(self.threads >= 0, f"data.threads={self.threads} must be 0 (automatic) or a number of threads.")
+        require(0 <= self.max_bad_share <= 1, f"data.max_bad_share={self.max_bad_share} must lie in 0 .. 1.")
         for name in ("crop_scale", "crop_ratio"):
             ends = getattr(self, name)
             ordered = len(ends) == 2 and 0 < ends[0] <= ends[1]
-            _require(ordered, f"data.{name}={ends} must be two positive numbers, the smaller first.")
-        _require(self.crop_scale[1] <= 1, f"data.crop_scale={self.crop_scale} must not exceed 1, the whole image.")
+            require(ordered, f"data.{name}={ends} must be two positive numbers, the smaller first.")
+        require(self.crop_scale[1] <= 1, f"data.crop_scale={self.crop_scale} must not exceed 1, the whole image.")
 
 
 @dataclass
@@ -98,21 +102,21 @@ class TrainConfig:
     step_timeout_s: int = 600  # a collective that takes longer means that a rank is dead
 
     def __post_init__(self) -> None:
-        _positive("train", self, "epochs global_batch micro_batch log_every save_every start_timeout_s step_timeout_s")
-        _positive("train", self, "max_failed_saves")
-        _require(self.max_bad_steps >= 0, f"train.max_bad_steps={self.max_bad_steps} must not be negative.")
-        _require(self.max_steps is None or self.max_steps > 0, f"train.max_steps={self.max_steps} must be positive.")
-        _require(
+        positive("train", self, "epochs global_batch micro_batch log_every save_every start_timeout_s step_timeout_s")
+        positive("train", self, "max_failed_saves")
+        require(self.max_bad_steps >= 0, f"train.max_bad_steps={self.max_bad_steps} must not be negative.")
+        require(self.max_steps is None or self.max_steps > 0, f"train.max_steps={self.max_steps} must be positive.")
+        require(
             self.global_batch % self.micro_batch == 0,
             f"train.global_batch={self.global_batch} must be a multiple of train.micro_batch={self.micro_batch}.",
         )
-        _require(0 <= self.seed < 2**63, f"train.seed={self.seed} must lie in 0 .. 2^63-1.")
-        _require(self.keep_last >= 2, f"train.keep_last={self.keep_last} must be at least 2; the newest may be damaged")
-        _require(
+        require(0 <= self.seed < 2**63, f"train.seed={self.seed} must lie in 0 .. 2^63-1.")
+        require(self.keep_last >= 2, f"train.keep_last={self.keep_last} must be at least 2; the newest may be damaged")
+        require(
             self.keep_every >= 0 and self.keep_every % self.save_every == 0,
             f"train.keep_every={self.keep_every} must be 0 or a multiple of train.save_every={self.save_every}.",
         )
-        _require(self.picture_every >= 0, f"train.picture_every={self.picture_every} must be 0 (none) or positive.")
+        require(self.picture_every >= 0, f"train.picture_every={self.picture_every} must be 0 (none) or positive.")
 
 
 @dataclass
@@ -127,14 +131,14 @@ class OptimConfig:
     clip_grad: float | None = None  # largest norm of the whole gradient
 
     def __post_init__(self) -> None:
-        _positive("optim", self, "base_lr")
+        positive("optim", self, "base_lr")
         for name in ("min_lr", "warmup_epochs", "weight_decay"):
-            _require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative.")
-        _require(
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative.")
+        require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas={self.betas} must be two numbers in [0, 1).",
         )
-        _require(
+        require(
             self.clip_grad is None or self.clip_grad > 0,
             f"optim.clip_grad={self.clip_grad} must be positive, or null for no clipping.",
         )
@@ -155,19 +159,19 @@ class RunConfig:
     activation_checkpointing: str = "none"  # selective keeps the matrix products, full keeps block inputs only
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.data.kind == "synthetic" or bool(self.data.root),
             "data.root is not set; add data.root=DIR, the folder that holds the images"
             + (", or of tar files their pattern, data.root='DIR/*.tar'." if self.data.kind == "shards" else "."),
         )
-        _require(
+        require(
             self.data.kind != "synthetic" or not self.data.root,
             "data.root has no effect with data=synthetic; remove it.",
         )
-        _one_of("resume", self.resume, ("auto", "weights"))
-        _one_of("precision", self.precision, ("bf16", "fp32", "fp16"))
-        _one_of("activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
-        _require(
+        one_of("resume", self.resume, ("auto", "weights"))
+        one_of("precision", self.precision, ("bf16", "fp32", "fp16"))
+        one_of("activation_checkpointing", self.activation_checkpointing, ("none", "selective", "full"))
+        require(
             self.ds_path.is_file(),
             f"ds={self.ds} is no DeepSpeed config; choose one of "
             f"{', '.join(sorted(path.stem for path in (ROOT / 'ds_configs').glob('*.json')))} or give a path.",
@@ -187,7 +191,7 @@ class ProbeConfig:
     every: int = 10  # epochs
 
     def __post_init__(self) -> None:
-        _positive("probe", self, "every")
+        positive("probe", self, "every")
 
 
 @dataclass
@@ -199,102 +203,12 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _even(self.train, "images are mixed in pairs")
+        even(self.train, "images are mixed in pairs")
 
 
-@dataclass
-class ClassifierConfig:
-    """The encoder and its classifier."""
-
-    encoder: str = "mixmim_base"
-    img_size: int = 224
-    drop_path: float = 0.1  # chance that an image skips a branch of the last block; it grows linearly from 0
-
-    def __post_init__(self) -> None:
-        _positive("model", self, "img_size")
-        _require(0 <= self.drop_path < 1, f"model.drop_path={self.drop_path} must lie in 0 .. 1, 1 excluded.")
-
-
-@dataclass
-class LabelledDataConfig(DataConfig):
-    """Images to learn from, in DIR/train for data.root=DIR, and images to judge by."""
-
-    val: str | None = None  # folder or pattern of the latter; null = DIR/val
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.kind != "synthetic", "data=synthetic has no labels; give data.root=DIR.")
-        _require(
-            self.kind != "shards" or bool(self.val), "data.val is not set; with data=shards give its pattern as well."
-        )
-
-
-@dataclass
-class AugmentConfig:
-    """What timm does to decoded images, and to batches of them; the authors' values."""
-
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"  # timm's words (timm.data.rand_augment_transform); null = none
-    erase: float = 0.25  # share of the images that get a rectangle of noise
-    mixup: float = 0.8  # alpha, as of cutmix; a micro-batch gets one of the two; 0 = none
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
-    workers: int = 0  # processes for rand_augment beside each process; 0 = its share of the cores given to this job
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix", "workers"):
-            _require(getattr(self, name) >= 0, f"augment.{name}={getattr(self, name)} must not be negative.")
-        for name in ("erase", "label_smoothing"):
-            _require(
-                0 <= getattr(self, name) < 1, f"augment.{name}={getattr(self, name)} must lie in 0 .. 1, 1 excluded."
-            )
-
-
-@dataclass
-class FinetuneOptimConfig(OptimConfig):
-    """As in pretraining, and what only fine-tuning has."""
-
-    layer_decay: float = 0.7  # each layer learns with this share of the next one's learning rate
-    ema_decay: float | None = None  # judge and export a moving average of the weights, with this decay per step
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(0 < self.layer_decay <= 1, f"optim.layer_decay={self.layer_decay} must lie in 0 .. 1, 0 excluded.")
-        _require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            f"optim.ema_decay={self.ema_decay} must lie between 0 and 1, or be null for none.",
-        )
-
-
-@dataclass
-class FinetuneConfig(RunConfig):
-    """A fine-tuning run."""
-
-    run_dir: str = ""
-    init: str = MISSING  # an exported folder, a run or one of its checkpoints; random = from scratch
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
-    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    eval_every: int = 1  # epochs
-    eval_only: bool = False  # judge the classifier that init is, and stop
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(
-            bool(self.run_dir) or self.eval_only,
-            "run_dir is not set; add run_dir=DIR, the folder that the run is kept in.",
-        )
-        _require(
-            not (self.run_dir and self.eval_only),
-            f"run_dir={self.run_dir} has no effect with eval_only=true; remove it.",
-        )
-        _require(self.eval_every > 0, f"eval_every={self.eval_every} must be positive.")
-        if self.augment.mixup or self.augment.cutmix:
-            _even(self.train, "augment.mixup and augment.cutmix mix images in pairs")
-
-
-def _even(train: TrainConfig, reason: str) -> None:
-    _require(train.micro_batch % 2 == 0, f"train.micro_batch={train.micro_batch} must be even: {reason}.")
+def even(train: TrainConfig, reason: str) -> None:
+    """ValueError with the reason unless the micro-batch is even."""
+    require(train.micro_batch % 2 == 0, f"train.micro_batch={train.micro_batch} must be even: {reason}.")
 
 
 # What may change between two starts of one run: where it runs and what it writes, never what it computes. A data set

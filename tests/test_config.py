@@ -7,7 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mixmim_ds.compose import CONF, load_config, load_finetune_config
-from mixmim_ds.config import FREE, FinetuneConfig, PretrainConfig, flatten, identity
+from mixmim_ds.config import FREE, PretrainConfig, flatten, identity
+from mixmim_ds.finetune_config import FinetuneConfig
 
 RUN = ["run_dir=DIR", "data.root=DIR"]
 

@@ -24,8 +24,8 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from mixmim_ds.config import AugmentConfig
 from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.finetune_config import AugmentConfig
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 Transform = Callable[[Image.Image], Image.Image]

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixmim_ds.config import LabelledDataConfig
 from mixmim_ds.data.dali import DecodeError, Fed, build_pipeline, run_pipeline
 from mixmim_ds.data.loader import Normalise
 from mixmim_ds.data.shards import Images, open_images
+from mixmim_ds.finetune_config import LabelledDataConfig
 from mixmim_ds.models.sizes import crop_of
 
 

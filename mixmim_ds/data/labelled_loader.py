@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixmim_ds.config import FinetuneConfig
 from mixmim_ds.data.ahead import ahead
 from mixmim_ds.data.augment import BatchAugment, RandAugmentPool
 from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.loader import DaliLoader, Normalise, Share, plan_of
 from mixmim_ds.data.plan import AUGMENT, MIX, MicroBatchPlan, Plan, bits
+from mixmim_ds.finetune_config import FinetuneConfig
 
 AHEAD = 2  # micro-batches that wait, augmented
 

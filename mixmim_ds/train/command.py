@@ -26,7 +26,7 @@ def command(words: str | None, load: Callable[[list[str]], C], story: Callable[[
     """
     parser = argparse.ArgumentParser(
         description=words,
-        epilog="Options: mixmim_ds/config.py, launch/conf/.",
+        epilog="Options: mixmim_ds/config.py, finetune_config.py, launch/conf/.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +experiment=NAME a recipe")

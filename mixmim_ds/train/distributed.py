@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ try:
 except ImportError:  # torch before it became public
     from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
+T = TypeVar("T")
 EXIT_REQUEUE = 85  # stopped on request with everything saved
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -136,6 +137,13 @@ def on_first_rank(world: World, function: Callable[[], Any]) -> Any:
     if answer[1] is not None:
         raise ValueError(answer[1])
     return answer[0]
+
+
+def made_once(world: World, function: Callable[[], T]) -> T:
+    """What `function` gives on every rank, where rank 0, called before the others, makes what they find."""
+    made: list[T] = []
+    on_first_rank(world, lambda: made.append(function()))
+    return made[0] if made else function()
 
 
 def on_every_rank(world: World, function: Callable[[], Any]) -> list[Any]:

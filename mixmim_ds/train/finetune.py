@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mixmim_ds.checkpoints import steps_of
-from mixmim_ds.config import FinetuneConfig
 from mixmim_ds.data.augment import RandAugmentPool
 from mixmim_ds.data.labelled import Labelled, central_batches, open_labelled
 from mixmim_ds.data.labelled_loader import LabelledBatch, LabelledLoader
@@ -19,11 +18,13 @@ from mixmim_ds.data.loader import Normalise, Share
 from mixmim_ds.evaluate.accuracy import count, scores
 from mixmim_ds.evaluate.features import load_encoder, normalise_of
 from mixmim_ds.export.to_timm import Form, export_run
+from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, MixMIMTransformer
 from mixmim_ds.train.distributed import (
     World,
     connect,
     disconnect,
+    made_once,
     on_every_rank,
     on_first_rank,
     rank_before_connecting,
@@ -82,8 +83,7 @@ def evaluate(config: FinetuneConfig) -> int:
 
 def find_labelled(config: FinetuneConfig, world: World) -> tuple[Labelled, Labelled]:
     """The images to learn from and to judge by; the first rank makes the indices if need be."""
-    on_first_rank(world, lambda: open_labelled(config.data) is not None)
-    return open_labelled(config.data)
+    return made_once(world, lambda: open_labelled(config.data))
 
 
 def _open_pool(config: FinetuneConfig) -> RandAugmentPool | None:

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mixmim_ds.config import FinetuneConfig, PretrainConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.data.loader import plan_of
 from mixmim_ds.data.shards import Images, open_images
+from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, build_model
 from mixmim_ds.train.distributed import (
     RankFailed,

@@ -6,15 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmim_ds.config import DataConfig, LabelledDataConfig, PretrainConfig
+from mixmim_ds.config import DataConfig, PretrainConfig
 from mixmim_ds.data.labelled import Labelled, open_labelled
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.data.shards import Images, open_images
 from mixmim_ds.evaluate.features import Vectors, View, extract
 from mixmim_ds.evaluate.probe import accuracy_of_votes, nearest, nearest_of
 from mixmim_ds.export.layouts import ENCODER
+from mixmim_ds.finetune_config import LabelledDataConfig
 from mixmim_ds.models import build_model
-from mixmim_ds.train.distributed import World, gather_on_first, on_every_rank, on_first_rank, share_of_cores
+from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_every_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.pictures import COLUMNS, Picture, draw
@@ -54,8 +55,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
         ValueError: `probe.data` holds no labelled images.
     """
     data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir)
-    on_first_rank(world, lambda: open_labelled(data, "probe.data") is not None)
-    learn, judge_by = open_labelled(data, "probe.data")
+    learn, judge_by = made_once(world, lambda: open_labelled(data, "probe.data"))
     encoder = build_model(config.model).encoder
     encoder.pretrained_cfg |= {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
     batch, threads = config.train.micro_batch, config.data.threads or share_of_cores()
@@ -83,5 +83,4 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
 
 def find_images(data: DataConfig, world: World) -> Images | None:
     """The index of the images, made by the first rank if need be and memory-mapped by the others after it."""
-    on_first_rank(world, lambda: open_images(data, progress=True) is not None)
-    return open_images(data)
+    return made_once(world, lambda: open_images(data, progress=world.first))

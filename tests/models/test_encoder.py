@@ -10,8 +10,8 @@ import torch
 
 import mixmim_ds
 
-# The paper's table: parameters with a 1000-way head and the fixed position table, GMAC at the name's image size. That of
-# huge at 384 is not in it: its sum was worked out from those of huge, whose tables alone grow.
+# The paper's table: parameters with a 1000-way head and the fixed position table, GMAC at the name's image size. The row
+# of huge at 384 was worked out by hand from huge, of which the tables alone grow.
 SIZES = {
     "mixmim_base": (88_344_352, "16.3"),
     "mixmim_large": (197_396_668, "35.8"),
