@@ -10,7 +10,7 @@ import torch
 
 import mixmim_ds
 
-# The paper's table: parameters with a 1000-way head and the fixed position table, GMAC at the name's image size. The row
+# The paper's table: parameters with a 1000-way head and the fixed position table, GMAC at the name's image size. That
 # of huge at 384 was worked out by hand from huge, of which the tables alone grow.
 SIZES = {
     "mixmim_base": (88_344_352, "16.3"),
