@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from launching import ROOT
@@ -11,16 +12,35 @@ from launching import ROOT
 from mixmim_ds.compose import load_config, load_finetune_config
 from mixmim_ds.config import RunConfig, flatten
 
-README = (ROOT / "README.md").read_text()
+FRONT = ROOT / "README.md"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "ds_configs" / "README.md"]
 
 
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def lines() -> list[str]:
+    """The lines in the documents' fenced blocks without a language, continued ones joined."""
+    blocks = [block for path in DOCUMENTS for language, block in FENCED.findall(path.read_text()) if not language]
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
 def commands() -> list[list[str]]:
-    """The command lines in the documents' fenced blocks, comments left out, continued lines joined."""
-    text = "\n".join(path.read_text() for path in DOCUMENTS)
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for language, block in blocks if not language for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if "launch/" in line]
+    """The command lines in the documents, comments left out; one that two documents show counts once."""
+    found = [shlex.split(line, comments=True) for line in lines() if "launch/" in line]
+    return [command for i, command in enumerate(found) if command not in found[:i]]
+
+
+def anchors(path: Path) -> set[str]:
+    """What may stand behind the # in a link to a document's sections, as GitHub makes it of their titles."""
+    titles = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def sections(title: str) -> list[str]:
+    """The sections of all documents with this title."""
+    found = [path.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0] for path in DOCUMENTS]
+    return [section for section in found if section]
 
 
 def overrides_of(command: list[str]) -> list[str]:
@@ -46,6 +66,13 @@ def test_scripts_exist(command: list[str]) -> None:
     for word in " ".join(command).split():
         if word.startswith("launch/"):
             assert (ROOT / word).exists(), word
+
+
+def test_make_has_the_targets() -> None:
+    named = {target for line in lines() for target in re.findall(r"\bmake ([a-z-]+)", line)}
+    assert {"demo", "test"} <= named
+    for target in named:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
 
 
 @pytest.mark.parametrize("command", PRETRAINING, ids=" ".join)
@@ -74,7 +101,7 @@ OPTIONS = ["run_dir=DIR", "data.root=DIR"]
 )
 def test_options_and_defaults_are_those_of_the_table(section: str, options: Callable[[], RunConfig]) -> None:
     defaults = flatten(asdict(options()))
-    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    (text,) = sections(section)
     rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", text, re.MULTILINE)
     checked = 0
     for names, values in rows:
@@ -90,6 +117,19 @@ def test_options_and_defaults_are_those_of_the_table(section: str, options: Call
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(document: object) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
-        assert (document.parent / target).exists(), target
+def test_links_lead_somewhere(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text()):
+        place = document.parent / target if target else document
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), f"{target}#{anchor}"
+
+
+def test_every_document_and_picture_is_linked() -> None:
+    links = {
+        (document.parent / target).resolve()
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+    }
+    front = {(ROOT / target).resolve() for target in re.findall(r"\]\((?!https?:)([^)#]+)", FRONT.read_text())}
+    assert set(DOCUMENTS) - {FRONT} <= front, "the front page leads to every document"
+    assert set(ROOT.glob("docs/*.png")) <= links

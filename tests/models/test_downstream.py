@@ -65,7 +65,7 @@ def test_a_backbone_is_resized_through_the_model_it_wraps() -> None:
 
 
 def test_timms_scripts_reach_the_models_by_name(tmp_path: Path) -> None:
-    """By the one line of the README, with a script that knows of timm alone in the place of timm's train.py."""
+    """By the one line of docs/weights.md, with a script that knows of timm alone in the place of timm's train.py."""
     script = tmp_path / "train.py"
     script.write_text(
         "import argparse, timm\n"
@@ -73,7 +73,7 @@ def test_timms_scripts_reach_the_models_by_name(tmp_path: Path) -> None:
         "parser.add_argument('--model')\n"
         "print(timm.create_model(parser.parse_args().model).num_features)\n"
     )
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if "runpy" in line)
+    line = next(line for line in (ROOT / "docs" / "weights.md").read_text().splitlines() if "runpy" in line)
     start = line.index('"') + 1
     code = line[start : line.index('"', start)]
     command = [sys.executable, "-c", code, str(script), "--model", "mixmim_tiny"]

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launching import numbers, rows, run, tasks
+from launching import ROOT, numbers, rows, run, tasks
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,8 +21,8 @@ from mixmim_ds.train.optim import parameter_groups
 
 pytestmark = pytest.mark.slow
 
-
 STAGES = ("zero2", "zero3", "zero3_offload")
+TRAINING = ROOT / "docs" / "training.md"
 
 
 @pytest.mark.parametrize("ds", STAGES)
@@ -103,7 +104,7 @@ def test_two_and_two_steps_are_four_to_the_last_digit(
     assert numbers(broken) == numbers(stage_run(ds, "bf16"))
 
 
-def test_the_run_folder_is_what_the_readme_says(small_run: list[str], tmp_path: Path) -> None:
+def test_the_run_folder_is_what_the_documents_say(small_run: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     common = [*small_run, f"run_dir={folder}", "train.save_every=2", "train.keep_every=4", "train.picture_every=3"]
     printed = tasks(
@@ -123,6 +124,8 @@ def test_the_run_folder_is_what_the_readme_says(small_run: list[str], tmp_path: 
     picture = board.Images("reconstructions")[0]
     assert (picture.width, picture.height) == (6 * 68 - 4, 4 * 68 - 4)
     row = rows(folder)[3]
+    listed = re.search(r"per log step: (.*?)\n  tensorboard/", TRAINING.read_text(), re.DOTALL)[1]
+    assert list(row) == [name.split()[0] for name in listed.split(",")]
     assert (
         row["images_per_s"] == pytest.approx(32 / row["step_time_s"], rel=1e-3, abs=0.01) and 0 <= row["data_wait"] <= 1
     )
