@@ -1,11 +1,12 @@
 """What only a GPU can show; skipped elsewhere."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from launching import tasks
+from launching import rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.compose import load_config
@@ -19,8 +20,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
         not torch.cuda.is_available(),
-        reason="no GPU: would train in bf16 and fp16, compiled or not, without a host sync between log steps, and "
-        "go on in fp16 with its loss scale",
+        reason="no GPU: would train in bf16 and fp16, compiled or not, without a host sync between log steps, go on in "
+        "fp16 with its loss scale, and fine-tune with all augmentation, twice alike",
     ),
 ]
 
@@ -64,3 +65,21 @@ def test_fp16_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
         assert newest is not None
         scalers.append(read_saved(newest.path).loss_scaler)
     assert scalers[0] is not None and vars(scalers[0]) == vars(scalers[1])
+
+
+def test_fine_tuning_with_all_augmentation_gives_the_same_twice(labelled: Path, tmp_path: Path) -> None:
+    """RandAugment in its processes beside a GPU that decodes, erasing and mixing on it; judged in half precision."""
+    options = [
+        "model=tiny", "model.img_size=64", f"data.root={labelled}", f"data.index_dir={tmp_path / 'index'}",
+        "init=random", "train.global_batch=32", "train.micro_batch=32", "train.epochs=3", "train.log_every=1",
+        "optim.warmup_epochs=0", "optim.base_lr=8e-3", "augment.workers=2",
+    ]  # fmt: skip
+    losses, scores = [], []
+    for name in ("once", "again"):
+        tasks(*options, f"run_dir={tmp_path / name}", processes=1, script="launch/finetune.py")
+        losses.append([row["loss"] for row in rows(tmp_path / name)])
+        judged = (tmp_path / name / "evaluations.jsonl").read_text().splitlines()
+        scores.append([json.loads(line)["top1"] for line in judged])
+    # atomics sum gradients in any order: an image that came another way would show at once, in the first loss
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3) and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert len(scores[0]) == 3 and scores[0][-1] == pytest.approx(scores[1][-1], abs=0.05) and scores[0][-1] > 2 / 13
