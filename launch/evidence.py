@@ -34,9 +34,10 @@ PRETRAINING = (
     "optim.base_lr=3.2e-3", "optim.warmup_epochs=0.2", "data.crop_scale=[0.5,1]",
 )  # fmt: skip
 FINETUNING = (
-    *MODEL, "train.epochs=60", "train.global_batch=64", "train.micro_batch=32", "eval_every=5", "optim.base_lr=4e-3",
+    *MODEL, "train.epochs=50", "train.global_batch=64", "train.micro_batch=32", "eval_every=10", "optim.base_lr=8e-3",
     "data.crop_scale=[0.5,1]", "augment.rand_augment=null", "augment.mixup=0", "augment.cutmix=0", "augment.erase=0",
 )  # fmt: skip
+LAYER_DECAY = {"random": 1.0, "pretrained": 0.8}  # first layers that nothing has taught must learn as fast as the last
 ABLATIONS = {
     "attention across both images": ("attention", "model.group_attention=false"),
     "one reconstruction of two": ("single", "model.dual_reconstruction=false"),
@@ -85,7 +86,8 @@ def finetune(out: Path, weights: str, seed: int) -> Job:
     init = "random" if weights == "random" else out / f"pretrained_{seed}"
     name = f"finetuned_{weights}_{seed}"
     words = f"init={init}", f"data.root={out / 'labelled'}", f"run_dir={out / name}", f"train.seed={seed}"
-    return Job(name, launched("finetune", *FINETUNING, *words), 3.5)
+    decay = f"optim.layer_decay={LAYER_DECAY[weights]}"
+    return Job(name, launched("finetune", *FINETUNING, decay, *words), 3.5)
 
 
 def plan(out: Path, ablations: bool) -> list[Job]:
