@@ -1,4 +1,4 @@
-"""An S3 server on loopback and what lies there."""
+"""Image files to index; an S3 server on loopback and what lies there."""
 
 import hashlib
 import os
@@ -7,10 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from index_files import write_image
 
-from mixmim_ds.data import s3
+from mixmim_ds.data import s3, scan
 from mixmim_ds.data.index import open_index
 from mixmim_ds.data.pack import pack
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes, one of them nested, an image of each format, and one directly in the root."""
+    for place, name in enumerate(["dog/deep/er/x.JPG", "dog/y.png", "cat/é ü.webp", "cat/z.Jpeg", "top.bmp"]):
+        write_image(tmp_path / "data" / name, width=20 + place, height=10 + place)
+    (tmp_path / "data" / "readme.txt").write_text("no image")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def index_dir(tmp_path: Path) -> Path:
+    return tmp_path / "made" / "when missing"
+
+
+@pytest.fixture
+def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The image files that have been opened since."""
+    seen: list[bytes] = []
+    measure = scan.measure_file
+
+    def count(path: bytes) -> tuple[int, int, int]:
+        seen.append(path)
+        return measure(path)
+
+    monkeypatch.setattr(scan, "measure_file", count)
+    return seen
 
 
 @pytest.fixture(scope="module")
