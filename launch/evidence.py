@@ -34,10 +34,11 @@ PRETRAINING = (
     "optim.base_lr=3.2e-3", "optim.warmup_epochs=0.2", "data.crop_scale=[0.5,1]",
 )  # fmt: skip
 FINETUNING = (
-    *MODEL, "train.epochs=50", "train.global_batch=64", "train.micro_batch=32", "eval_every=10", "optim.base_lr=8e-3",
-    "data.crop_scale=[0.5,1]", "augment.rand_augment=null", "augment.mixup=0", "augment.cutmix=0", "augment.erase=0",
+    *MODEL, "train.epochs=60", "train.global_batch=64", "train.micro_batch=32", "eval_every=10", "optim.base_lr=4e-3",
+    "optim.ema_decay=0.99", "data.crop_scale=[0.6,1]",
+    "augment.rand_augment=null", "augment.mixup=0", "augment.cutmix=0", "augment.erase=0",
 )  # fmt: skip
-LAYER_DECAY = {"random": 1.0, "pretrained": 0.8}  # first layers that nothing has taught must learn as fast as the last
+LAYER_DECAY = {"random": 1.0, "pretrained": 0.75}  # first layers that nothing has taught must learn as fast as the last
 ABLATIONS = {
     "attention across both images": ("attention", "model.group_attention=false"),
     "one reconstruction of two": ("single", "model.dual_reconstruction=false"),
