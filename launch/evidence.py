@@ -212,7 +212,7 @@ def draw(out: Path, found: dict[str, list[dict[str, float]]]) -> None:
     bars.set_yticks(range(len(titles)), titles)
     bars.set(xlabel="top-1, %", xlim=(0, 100), title=f"{LABELLED:,} labelled pictures, {len(SEEDS)} seeds")
     bars.invert_yaxis()
-    bars.legend(loc="lower left")
+    figure.legend(loc="outside lower center", ncols=2)
     curves.set(xlabel="epoch", ylabel="top-1, %", title=TUNED)
     figure.savefig(out / "evidence.png", dpi=120)
 
