@@ -18,7 +18,7 @@ MISTAKES = {
     "batch that does not divide": (["train.global_batch=30"], "train.global_batch=30 must be a multiple"),
     "odd micro-batch": (["train.micro_batch=7", "train.global_batch=28"], "train.micro_batch=7 must be even"),
     "more than the images": (["train.global_batch=4096"], "train.global_batch"),
-    "unknown model": (["model=giant"], "model=giant must be one of base, huge, large, tiny"),
+    "unknown model": (["model=giant"], "model=giant must be one of base, base_384, huge"),
     "image size without cells": (["model.img_size=100"], "img_size=100x100 must be a multiple of 32"),
     "unknown ds": (["ds=zero9"], "ds=zero9 is no DeepSpeed config; choose one of zero1, zero2"),
     "compile under zero3": (["compile=true", "ds=zero3"], "compile=true does not go with ZeRO-3"),
