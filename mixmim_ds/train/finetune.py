@@ -68,10 +68,11 @@ def evaluate(config: FinetuneConfig) -> int:
     try:
         train, val = find_labelled(config, world)
         encoder = load_encoder(config.init, config.train.seed, head=True)
-        if encoder.num_classes != len(train.classes):
+        names = encoder.pretrained_cfg.get("label_names")  # of foreign files none
+        if encoder.num_classes != len(train.classes) or (names and list(names) != train.classes):
             raise ValueError(
-                f"init={config.init} tells {encoder.num_classes} classes, data.root={config.data.root} holds "
-                f"{len(train.classes)}; give a model that was fine-tuned on these."
+                f"init={config.init} tells {encoder.num_classes} classes, which are not the {len(train.classes)} of "
+                f"data.root={config.data.root}; give a model that was fine-tuned on these."
             )
         found = _score(config, world, val, encoder.to(world.device).eval(), normalise_of(encoder, world.device))
         if world.first:

@@ -210,7 +210,7 @@ def test_tables_are_interpolated_to_the_image_size(straight: Path, options: list
 
 def one_class(root: Path) -> None:
     for part in ("train", "val"):
-        shutil.move(next((root / part).iterdir()), root / "kept")
+        shutil.move(min((root / part).iterdir()), root / "kept")
         shutil.rmtree(root / part)
         (root / part).mkdir()
         shutil.move(root / "kept", root / part / "kept")
@@ -262,6 +262,17 @@ def test_a_mistake_is_one_sentence(
     printed = tasks(*words, processes=1, code=2, script=SCRIPT)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence in errors[0] and "Traceback" not in printed, printed
+
+
+def test_a_classifier_of_other_classes_judges_nothing(
+    labelled: Path, options: list[str], straight: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(labelled, tmp_path / "data", symlinks=True)
+    for part in ("train", "val"):
+        min((tmp_path / "data" / part).iterdir()).rename(tmp_path / "data" / part / "zebra")
+    data = [f"data.root={tmp_path / 'data'}", f"data.index_dir={tmp_path / 'index'}"]
+    printed = tasks(*options, *data, f"init={straight}", "eval_only=true", processes=1, code=2, script=SCRIPT)
+    assert "tells 13 classes, which are not the 13 of data.root=" in printed.splitlines()[-1]
 
 
 def test_a_broken_image_to_learn_from_is_replaced(labelled: Path, options: list[str], tmp_path: Path) -> None:
