@@ -54,12 +54,12 @@ def kill(process: subprocess.Popen[str], whom: str, dice: random.Random) -> None
 
 
 def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
-    """Saving after every step, killed in the middle of steps and saves, three times."""
+    """Saving after every step, killed in the middle of steps and saves, in two of three ways; exhaustively below."""
     killed = tmp_path / "killed"
     dice = random.Random(seed := time.time_ns())
     print("random.Random seed", seed)
     reached = 0
-    for whom in dice.sample(["one rank", "launcher", "all"], 3):
+    for whom in dice.sample(["one rank", "launcher", "all"], 2):
         process = start(*small_run, f"run_dir={killed}", "train.max_steps=20", "train.save_every=1")
         read_until(process, f"step {reached + 2}/20")
         with suppress(subprocess.TimeoutExpired):
