@@ -104,12 +104,11 @@ def open_loader(
     """
     model, data = config.model, config.data
     grid = model.img_size // CELL
-    sizes = (
-        index.sizes if index else np.broadcast_to(np.array([model.img_size] * 2, np.int32), (data.synthetic_images, 2))
-    )
-    plan = plan_of(config, sizes, (grid, grid), model.mask_ratio)
     if index is None:
+        sizes = np.broadcast_to(np.array([model.img_size] * 2, np.int32), (data.synthetic_images, 2))
+        plan = plan_of(config, sizes, (grid, grid), model.mask_ratio)
         return SyntheticLoader(plan, share, data, model.img_size, device)
+    plan = plan_of(config, index.sizes, (grid, grid), model.mask_ratio)
     normalise = Normalise(data, device)
 
     def finish(pixels: Tensor, batch: MicroBatchPlan, step: int, k: int) -> MicroBatch:
