@@ -67,24 +67,16 @@ class Ledger(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 
-def _cuda_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
-) -> Tensor:
-    if attn_mask is None and q.dtype != torch.float32:
-        return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, **options)[0]
-    if attn_mask is not None:
-        columns = attn_mask.shape[-1]
-        if columns % 8:  # its rows start at multiples of 16 bytes
-            attn_mask = F.pad(attn_mask, (0, 8 - columns % 8))[..., :columns]
-        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-    return _aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, **options)[0]
+def _cuda_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
+    if q.dtype != torch.float32:
+        return _aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
+    return _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p)[0]
 
 
 @contextmanager
 def attention_of_cuda() -> Iterator[None]:
-    """Attention by the kernels that PyTorch takes on CUDA, wherever the tensors are: the memory-efficient one under a
-    bias that learns, FlashAttention without one. On the meta device PyTorch itself would take the one that writes the
-    whole matrix of weights."""
+    """The decoder's attention by the kernels that PyTorch takes on CUDA, wherever the tensors are. On the meta device
+    PyTorch itself would take the one that writes the whole matrix of weights. The encoder's is an operator of ours."""
     usual = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = _cuda_attention  # type: ignore[assignment]
     try:

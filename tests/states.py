@@ -1,7 +1,7 @@
 """Two steps of a run on random pixels, which write down what this process holds and sends: run_dir/held.json of rank 0.
 
-One run for each `ds=FILE` among the arguments, one after the other in the same processes. Attention is PyTorch's plain
-one, which the meta device takes as well, so that the planner can be compared with it.
+One run for each `ds=FILE` among the arguments, one after the other in the same processes. The decoder's attention is
+PyTorch's plain one, which the meta device takes as well, so that the planner can be compared with it.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
-from mixmim_ds.models import build_model, groups
+from mixmim_ds.models import build_model
 from mixmim_ds.plan_memory import Ledger
 from mixmim_ds.train.checkpoint import Saver
 from mixmim_ds.train.distributed import World, connect, disconnect
@@ -78,7 +78,6 @@ def observe(config: PretrainConfig, world: World) -> None:
     torch.manual_seed(0)
     engine = build_engine(config, build_model(config.model), world)
     grid, size = engine.module.grid, config.model.img_size
-    groups.GROUPED_ON = set()  # as CUDA attends by default, and the planner counts
     at_start = held(engine)
     known = [tensor for tensors in at_start.values() for tensor in tensors]
     with Observer([*known, *engine.module.buffers()]) as observer, sdpa_kernel(SDPBackend.MATH):

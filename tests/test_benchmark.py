@@ -149,18 +149,27 @@ def test_the_search_needs_a_gpu() -> None:
     assert "--find-micro-batch needs a GPU" in printed
 
 
-@pytest.mark.parametrize(("most", "largest"), [(0, 0), (2, 2), (3, 2), (64, 64), (90, 90), (201, 200), (999, 500)])
-def test_the_largest_even_number_is_found(most: int, largest: int) -> None:
+@pytest.mark.parametrize("held", [0.0, 0.3])
+@pytest.mark.parametrize("most", [0, 2, 3, 30, 64, 90, 201, 317, 480, 999])
+def test_the_largest_even_number_is_found_in_a_few_trials(most: int, held: float) -> None:
     tried: list[int] = []
-    assert largest_even(lambda size: tried.append(size) or size <= most, limit=501) == largest
-    assert len(set(tried)) == len(tried) <= 2 * most.bit_length() + 1
+
+    def share(size: int) -> float | None:
+        tried.append(size)
+        # The line is a little off, one way or the other, as fragments and work space make it.
+        return held + (1 - held) * size / (most * (0.97 if held else 1.03)) if size <= most else None
+
+    found, largest = largest_even(share, limit=501), min(most - most % 2, 500)
+    assert found <= largest and largest - found <= max(2, largest // 100), tried
+    assert all(size % 2 == 0 and 0 < size <= 501 for size in tried) and len(set(tried)) == len(tried) <= 8, tried
 
 
 def test_running_out_of_memory_ends_the_search() -> None:
-    def step(config: PretrainConfig, most: int) -> None:
+    def step(config: PretrainConfig, most: int) -> float:
         assert config.train.global_batch == config.train.micro_batch
         if config.train.micro_batch > most:
             raise torch.OutOfMemoryError("an artificial limit")
+        return config.train.micro_batch / (most + 1)
 
     config = load_config(["run_dir=DIR", "data=synthetic", "model=tiny"])
     assert largest_micro_batch(config, partial(step, most=5)) == 4
@@ -181,9 +190,9 @@ def test_the_largest_micro_batch_of_a_gpu() -> None:
     config = load_config(["run_dir=DIR", "data=synthetic", "model=base"])
     step = partial(train.attempt, [train.engine])
     size = largest_micro_batch(config, step)
-    step(with_micro_batch(config, size))
+    assert 0.9 < step(with_micro_batch(config, size)) <= 1
     with pytest.raises(torch.OutOfMemoryError):
-        step(with_micro_batch(config, 2 * size))
+        step(with_micro_batch(config, size + size // 20))
 
 
 @pytest.mark.gpu

@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
-from mixmim_ds.models import MixMIM, build_model, groups
+from mixmim_ds.models import MixMIM, blocks, build_model
+from mixmim_ds.models.groups import Groups, sort_tokens
+from mixmim_ds.models.masking import pair_mask
 from mixmim_ds.plan_memory import DTYPES, MODES, Ledger, activations, attention_of_cuda, count, model_on_meta, states
 from mixmim_ds.plan_run import GPUS, micro_batches, parse, plan
 from mixmim_ds.plan_time import Machine, checkpoint_bytes, seconds_per_image, step_of, traffic
@@ -136,8 +138,10 @@ def planned_and_real(precision: str, mode: str) -> tuple[MixMIM, MixMIM]:
 
 @pytest.fixture
 def masked_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU attends as CUDA does by default, and as the planner counts it: with the pairs of a window masked."""
-    monkeypatch.setattr(groups, "GROUPED_ON", set())
+    """Attention that works alike on the CPU and on the meta device, by PyTorch's operators alone."""
+    monkeypatch.setattr(
+        blocks, "group_tokens", lambda mask, grid, window, _: Groups(None, pair_mask(mask, grid, window))
+    )
 
 
 # In bf16 layer norms on the CPU keep their statistics in bf16, on the meta device and on CUDA in fp32.
@@ -158,6 +162,19 @@ def test_selective_checkpointing_is_counted_though_hooks_do_not_see_it(masked_pa
         assert count(planned, 2) == count(real, 2)
 
 
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_attention_on_cuda_keeps_a_number_for_every_query_and_head(mode: str) -> None:
+    (planned, real), mask = planned_and_real("fp32", mode), torch.zeros(4, 4, dtype=torch.bool)
+    with sdpa_kernel(SDPBackend.MATH):
+        saved = saved_by_autograd(real, torch.randn(6, 3, 128, 128))
+    if mode == "full":  # groups are in a tuple, which checkpointing keeps without asking the hooks
+        saved += sum(t.nbytes for s in real.encoder.layers for t in sort_tokens(mask, s.grid, s.window))
+    else:
+        stages = real.encoder.layers
+        saved += sum(4 * 6 * s.grid[0] * s.grid[1] * block.attn.num_heads for s in stages for block in s.blocks)
+    assert count(planned, 6)[0] == saved
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_peaks_lie_on_a_line(mode: str) -> None:
     model = model_on_meta(tiny().model, "bf16")
@@ -172,11 +189,9 @@ def test_attention_of_cuda_does_not_keep_the_matrix_of_weights() -> None:
     plain = count(model, 16)[0]
     with attention_of_cuda():
         fused, _ = count(model, 16)
-    stages = model.encoder.layers
-    tokens = [(s.grid[0] * s.grid[1], s.window[0] * s.window[1], s.blocks) for s in stages]
-    # Softmax of the plain one, in bf16: each token's weights over its window.
-    matrices = sum(2 * 16 * n * w * block.attn.num_heads for n, w, blocks in tokens for block in blocks)
-    assert plain - fused > 0.9 * matrices
+    depth, heads, cells = len(model.decoder_blocks), model.decoder_blocks[0].attn.num_heads, 7 * 7
+    # Softmax of the decoder's plain one, in bf16: each cell's weights over all of them, for two sequences an image.
+    assert plain - fused > 0.9 * depth * heads * 2 * 16 * 2 * cells**2
 
 
 def test_a_ledger_forgets_what_is_let_go() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmim_ds.models import MixMIM
+from mixmim_ds.models.mixmim import patchify
 
 CELL = 32  # pixels along the side of a mask cell
 Size = tuple[int, int]
@@ -196,8 +197,7 @@ class PlainMixMIM(nn.Module):
 
     def target(self, images: Tensor) -> Tensor:
         """[B, L, 3072]: pixels of each cell, row, column, channel, normalised if so asked."""
-        cells = F.unfold(images, CELL, stride=CELL).transpose(1, 2)
-        cells = cells.reshape(*cells.shape[:2], 3, CELL * CELL).transpose(2, 3).flatten(2)
+        cells = patchify(images)
         if not self.norm_pix_loss:
             return cells
         mean, variance = cells.mean(-1, keepdim=True), cells.var(-1, keepdim=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.metrics import memory_gib, peak_flops
 from mixmim_ds.train.pretrain import find_images
 
-STEPS = {"cuda": 10, "cpu": 1}  # of a repeat: on a GPU the host runs ahead, which a single step would not show
+STEPS = {"cuda": 5, "cpu": 1}  # of a repeat: on a GPU the host runs ahead, which a single step would not show
 OUT_OF_MEMORY = 3  # exit code of a trial
 Build = Callable[[PretrainConfig, World], Side]
 Row = dict[str, float]
@@ -109,8 +110,9 @@ def micro_batches(config: PretrainConfig, world: World) -> Iterator[MicroBatch]:
     return open_loader(config, find_images(config.data, world), share, world.device, share_of_cores()).batches(0)
 
 
-def attempt(builds: list[Build], config: PretrainConfig) -> None:
+def attempt(builds: list[Build], config: PretrainConfig) -> float:
     """Two steps of each, with all of them held: the second step has the optimizer's state beside the activations.
+    Returns the share of the GPU's memory that they took at most.
 
     In a process of its own, for an engine of DeepSpeed's is never freed in the one that made it.
 
@@ -118,22 +120,26 @@ def attempt(builds: list[Build], config: PretrainConfig) -> None:
         torch.OutOfMemoryError: the GPU's memory does not suffice.
         RunFailed: it failed otherwise.
     """
-    process = get_context("spawn").Process(target=_attempt, args=(builds, config))
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_attempt, args=(builds, config, theirs))
     process.start()
     process.join()
     if process.exitcode == OUT_OF_MEMORY:
         raise torch.OutOfMemoryError
     if process.exitcode:
         raise RunFailed(f"a trial of train.micro_batch={config.train.micro_batch} failed, as told above.")
+    return ours.recv()
 
 
-def _attempt(builds: list[Build], config: PretrainConfig) -> None:
+def _attempt(builds: list[Build], config: PretrainConfig, told: Connection) -> None:
     os.environ.pop("RANK", None)  # it is no rank of its parent's run
     world = connect(config.train.start_timeout_s)
     try:
         batches = micro_batches(config, world)
         for side in [build(config, world) for build in builds]:
             time_steps(side, batches, 1, 2, world.device)
+        told.send(torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(world.device).total_memory)
     except torch.OutOfMemoryError:
         sys.exit(OUT_OF_MEMORY)
     finally:

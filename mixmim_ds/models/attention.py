@@ -87,7 +87,7 @@ class WindowAttention(nn.Module):
     def attend_in_sequences(self, qkv: Tensor, sequences: Sequences) -> Tensor:
         """[B, H, W, 3C] -> [B, H, W, C], each sequence by itself."""
         table, index = self.relative_position_bias_table, self.relative_position_index
-        x = grouped_attention(qkv.flatten(1, 2), table, index, self.window[1], *sequences)
+        x, _ = grouped_attention(qkv.flatten(1, 2), table, index, self.window[1], *sequences)
         return x.unflatten(1, qkv.shape[1:3])
 
     def attend(self, qkv: Tensor, same_image: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
 """Attention inside sequences of tokens of one image, with a learned relative position bias, as one operator.
 
-Nothing N x N outlives a sequence: the backward pass computes the weights again from q, k and the bias. It is an
-operator of its own, so torch.compile sees no shape that depends on a mask, and selective activation checkpointing can
-keep its result as it keeps that of a matrix product.
+Nothing N x N outlives a sequence: the backward pass computes the weights again from q, k and the bias. What is written
+here out of PyTorch's operators serves the CPU; CUDA has kernels of its own (`attention_triton`). It is an operator, so
+torch.compile sees no shape that depends on a mask, and selective activation checkpointing can keep its result as it
+keeps that of a matrix product.
 
 Shapes: B images, T tokens of the grid, K heads of D channels, C = K * D, R rows of the bias table, N tokens of a
 window, S sequences of n tokens each (`groups.Sequences`).
@@ -17,38 +18,42 @@ from torch import Tensor
 
 @torch.library.custom_op("mixmim_ds::grouped_attention", mutates_args=())
 def grouped_attention(
-    qkv: Tensor, table: Tensor, index: Tensor, columns: int, order: Tensor, places: Tensor, sizes: Tensor
-) -> Tensor:
+    qkv: Tensor, table: Tensor, index: Tensor, columns: int, order: Tensor, places: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Attention of every token to the tokens of its sequence, [B, T, C] of qkv's dtype; arithmetic at least fp32.
+
+    Also returns what the backward pass of the device likes to know of it: on CUDA the logarithms of the sums of the
+    softmax, [B, K, T] fp32, on the CPU nothing.
 
     Args:
         qkv: [B, T, 3C], tokens as the grid has them; channels ordered (q, k, v), head, channel.
         table: [R, K], any float type: the bias of every offset.
         index: int64 [N, N], row of the table for a query's and a key's place in the window.
         columns: of a window.
-        order, places, sizes: of `groups.Sequences`.
+        order, places, starts: of `groups.Sequences`.
     """
     heads = table.shape[1]
     out = qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
     with torch.autocast(qkv.device.type, enabled=False):
-        for tokens, rows in _sequences(index, order, places, sizes):
+        for tokens, rows in _sequences(index, order, places, starts):
             q, k, v = _heads(qkv.index_select(1, tokens), 3, heads)
             attended = torch.bmm(_weights(q, k, _biases(table, rows, q.dtype)), v)
             out.index_copy_(1, tokens, _tokens(attended[None], len(out)).to(out.dtype))
-    return out
+    return out, qkv.new_empty(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("mixmim_ds::grouped_attention_backward", mutates_args=())
 def grouped_attention_backward(
-    grad: Tensor, qkv: Tensor, table: Tensor, index: Tensor, columns: int, order: Tensor, places: Tensor, sizes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of qkv and table, in their dtypes, from that of the result [B, T, C]."""
+    grad: Tensor, out: Tensor, norms: Tensor, qkv: Tensor, table: Tensor, index: Tensor, columns: int,
+    order: Tensor, places: Tensor, starts: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of qkv and table, in their dtypes, from that of the result [B, T, C] and what was returned."""
     heads, batch = table.shape[1], len(qkv)
     grad_qkv = torch.empty_like(qkv)
     # A row of the table collects thousands of terms: summed in float64 they lose nothing before the one rounding.
     grad_table = torch.zeros(heads, len(table), dtype=torch.float64, device=table.device)
     with torch.autocast(qkv.device.type, enabled=False):
-        for tokens, rows in _sequences(index, order, places, sizes):
+        for tokens, rows in _sequences(index, order, places, starts):
             q, k, v = _heads(qkv.index_select(1, tokens), 3, heads)
             (grad_out,) = _heads(grad.index_select(1, tokens), 1, heads)
             weights = _weights(q, k, _biases(table, rows, q.dtype))
@@ -64,9 +69,9 @@ def grouped_attention_backward(
     return grad_qkv, grad_table.T.to(table.dtype, memory_format=torch.contiguous_format)
 
 
-def _sequences(index: Tensor, order: Tensor, places: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _sequences(index: Tensor, order: Tensor, places: Tensor, starts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Of every sequence that has any: its tokens [n], and the table's rows for its pairs [n * n]."""
-    lengths = sizes.tolist()
+    lengths = starts.diff().tolist()
     for tokens, inside in zip(order.split(lengths), places.split(lengths), strict=True):
         if len(tokens):
             yield tokens, index.index_select(0, inside).index_select(1, inside).flatten()
@@ -102,25 +107,42 @@ def _scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5
 
 
+@grouped_attention.register_kernel("cuda")
+def _on_cuda(*given: Any) -> tuple[Tensor, Tensor]:
+    from mixmim_ds.models.attention_triton import attention  # Triton takes seconds to import, and is not everywhere
+
+    return attention(*given)
+
+
+@grouped_attention_backward.register_kernel("cuda")
+def _backward_on_cuda(*given: Any) -> tuple[Tensor, Tensor]:
+    from mixmim_ds.models.attention_triton import attention_backward
+
+    return attention_backward(*given)
+
+
 @grouped_attention.register_fake
-def _shape(qkv: Tensor, *args: Any) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
+def _shapes(qkv: Tensor, table: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, tokens, channels = qkv.shape
+    norms = (0,) if qkv.device.type == "cpu" else (batch, table.shape[1], tokens)
+    return qkv.new_empty(batch, tokens, channels // 3), qkv.new_empty(norms, dtype=torch.float32)
 
 
 @grouped_attention_backward.register_fake
-def _shapes_backward(grad: Tensor, qkv: Tensor, table: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _shapes_backward(grad: Tensor, out: Tensor, norms: Tensor, qkv: Tensor, table: Tensor, *args: Any) -> Any:
     return torch.empty_like(qkv), torch.empty_like(table)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, table, index, ctx.columns, *sequences = inputs
-    ctx.save_for_backward(qkv, table, index, *sequences)
+    ctx.save_for_backward(*output, qkv, table, index, *sequences)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, table, index, *sequences = ctx.saved_tensors
-    of_qkv, of_table = grouped_attention_backward(grad.contiguous(), qkv, table, index, ctx.columns, *sequences)
-    return of_qkv, of_table, None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    out, norms, qkv, table, index, *sequences = ctx.saved_tensors
+    found = grouped_attention_backward(grad.contiguous(), out, norms, qkv, table, index, ctx.columns, *sequences)
+    return *found, None, None, None, None, None
 
 
 grouped_attention.register_autograd(_backward, setup_context=_save)

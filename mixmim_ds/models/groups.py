@@ -2,7 +2,7 @@
 
 On a mixed input the tokens of a window stem from two images, and attend only to those of their own. Sorted by image
 they are two shorter sequences, which give the same result for half the work (METHOD: "a token only ever meets tokens
-of its own image"); where sequences of many lengths do not pay, a mask over the pairs of a window says it.
+of its own image"); where weights are dropped at random, a mask over the pairs of a window says it to PyTorch's kernels.
 
 Shapes: h x w grid of tokens of a stage, T = h * w, G windows of N tokens, S = 2 * G sequences.
 """
@@ -10,15 +10,11 @@ Shapes: h x w grid of tokens of a stage, T = h * w, G windows of N tokens, S = 2
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixmim_ds.models.grids import Shape
 from mixmim_ds.models.masking import pair_mask, upsample
-
-# Types of devices where attention runs sequence by sequence (`grouped_attention`). `attention_triton.enable` adds
-# "cuda"; that kernel has been tested in Triton's interpreter and not measured, so by default PyTorch's fused kernels
-# serve there, with the pairs masked.
-GROUPED_ON = {"cpu"}
 
 
 class Sequences(NamedTuple):
@@ -29,7 +25,7 @@ class Sequences(NamedTuple):
 
     order: Tensor  # int64 [T]: token of the grid, row-major
     places: Tensor  # int64 [T]: its place in its window, row-major
-    sizes: Tensor  # int64 [S]: tokens of each sequence, may be 0
+    starts: Tensor  # int64 [S + 1]: where each sequence begins in those two, and where the last ends
 
 
 class Groups(NamedTuple):
@@ -41,9 +37,8 @@ class Groups(NamedTuple):
 
 @torch.jit.unused
 def group_tokens(mask: Tensor, grid: Shape, window: Shape, dropout: bool = False) -> Groups:
-    """The groups that a mask (bool [H/32, W/32]) makes on a grid cut into windows; `dropout` of weights is PyTorch's
-    kernels' alone."""
-    if dropout or mask.device.type not in GROUPED_ON:
+    """The groups that a mask (bool [H/32, W/32]) makes on a grid cut into windows."""
+    if dropout:
         return Groups(None, pair_mask(mask, grid, window))
     return Groups(sort_tokens(mask, grid, window), None)
 
@@ -55,7 +50,8 @@ def sort_tokens(mask: Tensor, grid: Shape, window: Shape) -> Sequences:
     places = masked.to(torch.uint8).argsort(dim=1, stable=True)
     order = _windows(tokens, window).gather(1, places)
     count = masked.sum(1)
-    return Sequences(order.flatten(), places.flatten(), torch.stack([masked.shape[1] - count, count], 1).flatten())
+    sizes = torch.stack([masked.shape[1] - count, count], 1).flatten()
+    return Sequences(order.flatten(), places.flatten(), F.pad(sizes.cumsum(0), (1, 0)))
 
 
 def _windows(values: Tensor, window: Shape) -> Tensor:

@@ -32,14 +32,13 @@ def errors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str,
     index, table = gen_relative_position_index((window, window)), torch.randn((2 * window - 1) ** 2, heads)
     qkv = torch.randn(images, grid * grid, 3 * heads * dim).to(dtype)
     grad = torch.randn(images, grid * grid, heads * dim).to(dtype)
-    exact = (table.double(), index, window, *sequences)
-    expected = (
-        grouped_attention(qkv.double(), *exact),
-        *grouped_attention_backward(grad.double(), qkv.double(), *exact),
-    )
+    exact = (qkv.double(), table.double(), index, window, *sequences)
+    result = grouped_attention(*exact)
+    expected = (result[0], *grouped_attention_backward(grad.double(), *result, *exact))
     qkv, grad, table, index = (tensor.to(device) for tensor in (qkv, grad, table, index))
-    given = (table, index, window, *(tensor.to(device) for tensor in sequences))
-    found = (attention(qkv, *given), *attention_backward(grad, qkv, *given))
+    given = (qkv, table, index, window, *(tensor.to(device) for tensor in sequences))
+    result = attention(*given)
+    found = (result[0], *attention_backward(grad, *result, *given))
     of_qkv = zip(found[1].chunk(3, -1), expected[1].chunk(3, -1), strict=True)
     pairs = [(found[0], expected[0]), *of_qkv, (found[2], expected[2])]
     norms = [((a.cpu().double() - b).norm() / b.norm()).item() for a, b in pairs]
@@ -66,9 +65,10 @@ def test_in_the_interpreter(case: str) -> None:
     not torch.cuda.is_available(),
     reason="no GPU: would compare the compiled kernels with float64, in every precision, for base's stages and 384",
 )
+@pytest.mark.parametrize("shape", ON_A_GPU + SMALL + REAL + LARGE)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    check(ON_A_GPU + SMALL + LARGE, dtype, "cuda")
+def test_on_a_gpu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    check([shape], dtype, "cuda")
 
 
 if __name__ == "__main__":
