@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 # A worker per core: one more made two cores no faster. Four start processes enough of their own.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo evidence ablations cluster test test-all bench lint format clean
+.PHONY: setup demo evidence ablations cluster test test-all bench bench-gpu lint format clean
 
 setup: $(INSTALLED)
 
@@ -52,6 +52,24 @@ bench: setup
 	$(BENCH) convert model=base precision=fp32 --repeats 3 --warmup 1 > bench/convert.log
 	@grep -hE '^\| (command|---) ' bench/train.log
 	@grep -h '^| `python ' bench/train.log bench/attention.log bench/loader.log bench/checkpoint.log bench/convert.log
+
+# The rows of one GPU, in about half an hour; each command's own output is in bench/gpu_*.log.
+FAST := compile=true activation_checkpointing=selective
+IMAGES := data.root=bench/large data.index_dir=bench/index
+
+bench-gpu: setup
+	$(BIN)/python launch/photographs.py bench/large --count 4000 --size 320 400
+	$(BENCH) train model=base $(FAST) train.micro_batch=256 --against reference --profile > bench/gpu_against.log
+	$(BENCH) train model=base $(FAST) train.micro_batch=512 > bench/gpu_base.log
+	$(BENCH) train model=base $(FAST) train.micro_batch=512 $(IMAGES) > bench/gpu_images.log
+	$(BENCH) train model=large $(FAST) train.micro_batch=256 > bench/gpu_large.log
+	$(BENCH) train model=huge $(FAST) train.micro_batch=128 > bench/gpu_huge.log
+	$(BENCH) train model=base activation_checkpointing=selective --find-micro-batch --against reference > bench/gpu_largest.log
+	$(BENCH) attention model=base precision=bf16 train.micro_batch=128 --repeats 15 > bench/gpu_attention.log
+	$(BENCH) loader $(IMAGES) train.micro_batch=128 > bench/gpu_loader.log
+	$(BENCH) checkpoint model=base > bench/gpu_checkpoint.log
+	@grep -hE '^\| (command|---) ' bench/gpu_base.log
+	@grep -h '^| `python ' bench/gpu_*.log
 
 lint: setup
 	$(BIN)/ruff check .

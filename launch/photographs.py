@@ -47,8 +47,8 @@ from PIL import Image, ImageStat
 # Raise it when the crops of given parameters change, so that an older folder is not taken for the new set.
 RECIPE = 2
 MARKER = "SOURCES.md"
-# No photograph has a shorter side below this (chelsea's), and none is ever scaled up.
-LARGEST_SIDE = 300
+# Nothing is ever scaled up: of photographs with a shorter side below MIN (chelsea and coins) crops are smaller.
+LARGEST_SIDE = 400
 LONGEST_ASPECT = 1.6
 # Standard deviation of the luminance under which a crop is sky or a scan's border, with nothing to learn.
 FLATTEST = 6.0

@@ -5,7 +5,7 @@ Prints what a GPU must hold, the setting to take, and how long a step, a checkpo
 The planner's own words, with defaults:
   nodes=1 gpus_per_node=8 gpu=h100      gpu: a100_40, a100_80, h100, h200
   images=1281167                        of the data set
-  img_s=N                               images/s of one GPU, measured; without it mfu=0.4 is assumed
+  img_s=N                               images/s of one GPU, measured; without it mfu=0.2, as measured for base
   link_gbs=50 disk_gbs=2                GB/s of a node to others, for each of its GPUs; GB/s written by all
 All others are options of launch/pretrain.py; run_dir and data.root need not be given.
 """

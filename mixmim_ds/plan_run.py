@@ -56,7 +56,7 @@ class Words:
     gpu: str = "h100"
     images: int = 1_281_167  # of the data set; ImageNet-1K
     img_s: float | None = None  # images/s of one GPU, measured without waiting for others
-    mfu: float = 0.4  # assumed where img_s is not given
+    mfu: float = 0.2  # assumed where img_s is not given; as base reached on an H100 (BENCHMARKS.md)
     link_gbs: float = 50.0  # GB/s that a node sends to others, for each of its GPUs; 400 Gbit/s is usual beside H100s
     disk_gbs: float = 2.0  # GB/s that all GPUs together write
 

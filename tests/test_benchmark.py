@@ -4,15 +4,18 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from launching import tasks
+from torch.autograd import DeviceType
 
 from mixmim_ds.benchmark import train
 from mixmim_ds.benchmark.largest import largest_even, largest_micro_batch, with_micro_batch
 from mixmim_ds.benchmark.plain import PlainMixMIM
+from mixmim_ds.benchmark.profile import table
 from mixmim_ds.benchmark.sides import PHASES, time_steps
 from mixmim_ds.benchmark.timing import in_turn, medians
 from mixmim_ds.compose import load_config
@@ -68,6 +71,15 @@ def test_train_says_where_the_time_goes() -> None:
     assert ours["images_per_s"] == pytest.approx(8 / ours["step_s"], rel=0.01)
     assert 0 < ours["forward_s"] < ours["step_s"] and 0 < ours["backward_s"] < ours["step_s"]
     assert ours["mfu"] is None and found["memory_gib"] > 0.1, "this test is of the CPU"
+
+
+def test_a_kernel_is_counted_with_the_operator_that_launches_it() -> None:
+    def entry(key: str, kind: DeviceType, microseconds: float) -> SimpleNamespace:
+        return SimpleNamespace(key=key, count=1, device_type=kind, self_device_time_total=microseconds)
+
+    entries = [entry("gemm_kernel", DeviceType.CUDA, 3e6), entry("aten::mm", DeviceType.CPU, 3e6)]
+    lines = table("ours", entries, torch.device("cuda"))
+    assert lines[3:] == ["| `aten::mm` | 1 | 3.000 | 100.0% |", "| all | | 3.000 | |"]
 
 
 def test_two_processes_tell_what_they_send() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 TOP = 12  # operators in a table
@@ -26,8 +27,10 @@ def own_seconds(entry: Any, device: torch.device) -> float:
 
 def table(title: str, entries: list[Any], device: torch.device) -> list[str]:
     """Lines of Markdown: the operators that take most of their own time."""
-    ranked = sorted(entries, key=lambda entry: own_seconds(entry, device), reverse=True)
-    total = sum(own_seconds(entry, device) for entry in entries)
+    # Kernels of a GPU have entries of their own beside those of the operators that launch them.
+    operators = [entry for entry in entries if entry.device_type == DeviceType.CPU]
+    ranked = sorted(operators, key=lambda entry: own_seconds(entry, device), reverse=True)
+    total = sum(own_seconds(entry, device) for entry in operators)
     lines = ["", f"| {title}: operator | calls | seconds | share |", "|---|---|---|---|"]
     for entry in ranked[:TOP]:
         seconds = own_seconds(entry, device)

@@ -155,8 +155,8 @@ def _time(
     sides = {name: build(config, world) for name, build in builds.items()}
     numbers = _describe(config, world, turns) | {"repeats": arguments.repeats, "steps_per_repeat": steps}
     first = next(batches)
-    with torch.no_grad():
-        numbers["first_loss"] = {name: side.forward(first).item() for name, side in sides.items()}
+    # With gradients, of which no use is made: without them torch.compile would make other graphs.
+    numbers["first_loss"] = {name: side.forward(first).item() for name, side in sides.items()}
     blocks = {name: partial(time_steps, side, batches, turns, steps, world.device) for name, side in sides.items()}
     rows = in_turn(blocks, arguments.warmup, arguments.repeats)
     for name, kept in rows.items():

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1024  # of a kernel, about: enough to fill a GPU several times
+PROGRAMS = 512  # of a kernel, about: enough to fill a GPU several times
 LOG2_E = tl.constexpr(1 / math.log(2))
 
 
@@ -210,7 +210,7 @@ class Tile(NamedTuple):
 # Of the forward pass, the backward pass and the gradients of biases, in half precision and in fp32, whose products take
 # no matrix units and many registers; for windows of up to 64 tokens, and larger ones.
 SMALL = {2: (Tile(32, 32, 2), Tile(32, 32, 1), Tile(32, 32, 1)), 4: (Tile(32, 32, 4),) * 3}
-LARGE = {2: (Tile(64, 128, 4), Tile(128, 128, 8), Tile(64, 64, 4, 2)), 4: (Tile(64, 64, 8),) * 3}
+LARGE = {2: (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4, 2)), 4: (Tile(64, 64, 8),) * 3}
 
 
 def _tiles(qkv: Tensor, window: int) -> tuple[Tile, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import rows, tasks
+from launching import rows, run
 
 from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.compose import load_config
@@ -70,7 +70,7 @@ def test_fp16_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     scalers = []
     for folder, ends in (("straight", [12]), ("broken", [6, 12])):
         for steps in ends:
-            tasks(*options, f"run_dir={tmp_path / folder}", f"train.max_steps={steps}", processes=1)
+            run("python", *options, f"run_dir={tmp_path / folder}", f"train.max_steps={steps}")
         newest = newest_complete(tmp_path / folder)
         assert newest is not None
         scalers.append(read_saved(newest.path).loss_scaler)
@@ -86,7 +86,7 @@ def test_fine_tuning_with_all_augmentation_gives_the_same_twice(labelled: Path, 
     ]  # fmt: skip
     losses, scores = [], []
     for name in ("once", "again"):
-        tasks(*options, f"run_dir={tmp_path / name}", processes=1, script="launch/finetune.py")
+        run("python", *options, f"run_dir={tmp_path / name}", script="launch/finetune.py")
         losses.append([row["loss"] for row in rows(tmp_path / name)])
         judged = (tmp_path / name / "evaluations.jsonl").read_text().splitlines()
         scores.append([json.loads(line)["top1"] for line in judged])
