@@ -2,13 +2,14 @@
 # (what Triton compiles takes pointers and tiles, which Python's types do not know)
 """`grouped_attention` for CUDA: Triton kernels that read tokens where the grid has them and gather the bias themselves.
 
-No window is cut, no bias or mask of N x N is written. A head's column of the table (a few kB) is gathered from the
-cache; the gradient of a tile of biases is added up over many images in registers, in fp32, and what these sums have in
-common is added up in fp64, all in a fixed order. Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1).
+No window is cut, no bias or mask of N x N is written. A program serves a tile of one sequence and head, takes the
+biases of its pairs from the table once, and walks with them in registers over a share of the images. Gradients of the
+biases are added up in registers on that way, in fp32, and the shares in fp64, all in a fixed order. Triton's
+interpreter runs the kernels on the CPU (TRITON_INTERPRET=1).
 
-Shapes: B images, T tokens of the grid, K heads of D channels, C = K * D, N tokens of a window, S sequences, R rows of
-the table. A program serves a tile of BLOCK tokens of one sequence and head; the grid has as many tiles as the longest
-sequence can need, so the host never asks how long one is. Logits are in units of log 2, for `exp2` is what GPUs have.
+Shapes: B images, T tokens of the grid, K heads of D channels, C = K * D, G windows of N tokens, S sequences, R rows of
+the table, QUERIES x KEYS pairs of a tile. The grid of programs has room for the longest sequence there can be, so the
+host never asks how long one is. Logits are in units of log 2, for `exp2` is what GPUs have.
 """
 
 import math
@@ -207,8 +208,8 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-# Of the forward pass, the backward pass and the gradients of biases, in half precision and in fp32, whose products take
-# no matrix units and many registers; for windows of up to 64 tokens, and larger ones.
+# Of the forward pass, the backward pass and the gradients of biases, by the bytes of a number: fp32 takes no matrix
+# units and many registers. For windows of up to 64 tokens, and larger ones; the fastest of those tried on an H100.
 SMALL = {2: (Tile(32, 32, 2), Tile(32, 32, 1), Tile(32, 32, 1)), 4: (Tile(32, 32, 4),) * 3}
 LARGE = {2: (Tile(64, 128, 4), Tile(64, 128, 4), Tile(64, 64, 4, 2)), 4: (Tile(64, 64, 8),) * 3}
 
@@ -234,12 +235,18 @@ def _share(batch: int, others: int) -> int:
 def attention(
     qkv: Tensor, table: Tensor, index: Tensor, columns: int, order: Tensor, places: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `grouped.grouped_attention`. ValueError if D is no power of two of at least 16."""
-    qkv, table, window = qkv.contiguous(), table.contiguous(), len(index)
-    (batch, tokens, channels), heads, tile = qkv.shape, table.shape[1], _tiles(qkv, window)[0]
+    """See `grouped.grouped_attention`.
+
+    Raises:
+        ValueError: D is no power of two of at least 16, or qkv is float64.
+    """
+    (batch, tokens, channels), heads, window = qkv.shape, table.shape[1], len(index)
     dim = channels // (3 * heads)
     if dim < 16 or dim & (dim - 1):
         raise ValueError(f"attention on CUDA takes heads of 16, 32, 64 ... channels, not of {dim}; change num_heads.")
+    if qkv.dtype == torch.float64:
+        raise ValueError("attention on CUDA takes no float64; take float32, or the CPU.")
+    qkv, table, tile = qkv.contiguous(), table.contiguous(), _tiles(qkv, window)[0]
     out = qkv.new_empty(batch, tokens, channels // 3)
     norms = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
     sequences, tiles = (len(starts) - 1) * heads, triton.cdiv(window, tile.queries)

@@ -71,6 +71,19 @@ def test_on_a_gpu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     check([shape], dtype, "cuda")
 
 
+@pytest.mark.parametrize(
+    ("heads", "dtype", "sentence"), [(2, torch.float32, "not of 24"), (3, torch.float64, "float64")]
+)
+def test_what_the_kernels_cannot_do_is_one_sentence(heads: int, dtype: torch.dtype, sentence: str) -> None:
+    from mixmim_ds.models.attention_triton import attention
+
+    qkv, table = torch.randn(1, 16, 144, dtype=dtype), torch.randn(49, heads)
+    with pytest.raises(ValueError, match=sentence):
+        attention(
+            qkv, table, gen_relative_position_index((4, 4)), 4, *sort_tokens(torch.ones(1, 1) > 0, (4, 4), (4, 4))
+        )
+
+
 if __name__ == "__main__":
     # The interpreter multiplies the bits of bf16 as if they were integers; fp16 stands for both.
     if sys.argv[1] == "HALF":
