@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1 | cut -d. -f1)
 DALI := $(if $(DRIVER),$(if $(filter 1,$(shell expr $(DRIVER) \>= 580)),dali-cu13,dali-cu12),dali-cu13)
 INSTALLED := $(VENV)/installed
-# A worker per core: one more made two cores no faster. Four start processes enough of their own.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+# A worker more than cores, for they often wait for what they start. Four start processes enough of their own.
+PYTEST := $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist worksteal
 
 .PHONY: setup demo evidence ablations cluster test test-all bench bench-gpu lint format clean
 
