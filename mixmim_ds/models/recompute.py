@@ -23,6 +23,8 @@ _KEPT = {
     _aten._scaled_dot_product_attention_math.default,
     torch.ops.mixmim_ds.grouped_attention.default,
 }
+if torch.backends.mkldnn.is_available():
+    _KEPT.add(torch.ops.mkldnn._linear_pointwise.default)  # train/onednn.py
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.models import Classifier, MixMIM
 from mixmim_ds.train.distributed import World
+from mixmim_ds.train.onednn import use_onednn
 from mixmim_ds.train.optim import ScaleOf, adamw, all_alike
 
 # DeepSpeed ignores unknown top-level keys without a word, so a typo would pass for a setting.
@@ -99,6 +101,8 @@ def build_engine(config: RunConfig, model: Trained, world: World, scale_of: Scal
     if config.compile:
         for block in model.blocks():
             block.compile()
+    elif world.device.type == "cpu" and config.precision == "fp32" and torch.backends.mkldnn.is_available():
+        use_onednn(model)
     optimizer = adamw(model, config.optim, scale_of)
     # Gloo alone serves the CPU: DeepSpeed's own all-reduce there wants a C++ compiler and never frees its memory.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
