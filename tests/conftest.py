@@ -15,6 +15,11 @@ from filelock import FileLock
 from launching import ROOT, Shared, run, tasks
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Jobs of SLURM wait most of their time: they come first, so that other tests run meanwhile."""
+    items.sort(key=lambda item: "slurm" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     """Gives the folder of a name, which the first test to ask for it, in whatever worker, makes for all."""

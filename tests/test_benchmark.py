@@ -141,6 +141,7 @@ def test_checkpoint_and_convert_leave_nothing(tmp_path: Path) -> None:
             ["train", "train.micro_batch=2", "train.global_batch=4", "--against=reference"],
             "leave train.global_batch out",
         ),
+        (["train", "model.group_attention=false", "--against=reference"], "leave model.group_attention and"),
         (["train", "--find-micro-batch", "train.micro_batch=2"], "would not heed train.micro_batch=2"),
         (["loader"], "data.root is not set"),
         (["loader", "data.root=DIR", "--threads=0"], "--threads=0 must be positive"),

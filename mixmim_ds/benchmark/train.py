@@ -102,6 +102,11 @@ def _check(arguments: argparse.Namespace, config: PretrainConfig, world: World) 
             "--against reference compares steps of one micro-batch in one process; leave train.global_batch out and "
             "start it with python."
         )
+    if arguments.against and not (config.model.group_attention and config.model.dual_reconstruction):
+        raise ValueError(
+            "--against reference compares with the whole method; leave model.group_attention and "
+            "model.dual_reconstruction at true."
+        )
 
 
 def micro_batches(config: PretrainConfig, world: World) -> Iterator[MicroBatch]:

@@ -6,7 +6,6 @@ same versions of the libraries give the same images.
 B images of a micro-batch    K classes
 """
 
-import ctypes
 import multiprocessing
 import random
 import signal
@@ -26,8 +25,8 @@ from torch import Tensor
 
 from mixmim_ds.data.quarantine import DataFailed
 from mixmim_ds.finetune_config import AugmentConfig
+from mixmim_ds.libc import die_with_parent
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 Transform = Callable[[Image.Image], Image.Image]
 
 
@@ -99,7 +98,7 @@ class RandAugmentPool:
 
 def _settle() -> None:
     """A process of the pool leaves requests to stop to its parent, and goes when that is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,6 +1,5 @@
 """The processes of a run: who they are, how they meet, agree to stop and part."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from mixmim_ds.train.slurm import adopt
+from mixmim_ds.libc import die_with_parent, keep_memory
+from mixmim_ds.train.slurm import adopt, node
 
 try:
     from torch.distributed import set_timeout
@@ -24,7 +24,6 @@ except ImportError:  # torch before it became public
 
 T = TypeVar("T")
 EXIT_REQUEUE = 85  # stopped on request with everything saved
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class RunFailed(Exception):
@@ -33,6 +32,10 @@ class RunFailed(Exception):
 
 class RankFailed(RunFailed):
     """A failure that this rank alone may know of, and so must tell by itself."""
+
+
+class RankMistaken(ValueError):
+    """A mistake that only ranks like this one see, of which it is to tell."""
 
 
 def is_peer_lost(error: RuntimeError) -> bool:
@@ -63,7 +66,7 @@ def rank_before_connecting() -> int:
 
 def tell(error: ValueError | RunFailed) -> int:
     """Prints the one line of an error, on rank 0 unless this rank alone may know of it; the exit code that it means."""
-    if rank_before_connecting() == 0 or isinstance(error, RankFailed):
+    if rank_before_connecting() == 0 or isinstance(error, (RankFailed, RankMistaken)):
         print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 
@@ -73,6 +76,9 @@ def connect(timeout_s: int) -> World:
 
     Args:
         timeout_s: seconds that a collective may take; `shorten_timeout` changes it once training runs.
+
+    Raises:
+        ValueError: a node has more processes than GPUs.
     """
     adopt()
     if "RANK" not in os.environ:
@@ -83,12 +89,14 @@ def connect(timeout_s: int) -> World:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     else:
         # A launcher that is killed would leave its ranks behind, training on unseen: they stop, saved, instead.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        die_with_parent(signal.SIGTERM)
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"{local_rank + 1} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+        # The other ranks wait for this one and its like: the first of them tells.
+        kind = RankMistaken if local_rank == torch.cuda.device_count() else ValueError
+        raise kind(
+            f"more processes were started on {node()} than its {torch.cuda.device_count()} GPUs; "
             "start one per GPU (deepspeed --num_gpus N, srun --ntasks-per-node=N)."
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -96,6 +104,7 @@ def connect(timeout_s: int) -> World:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(share_of_cores())
+        keep_memory()
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)

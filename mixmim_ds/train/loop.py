@@ -103,7 +103,11 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
         if run.start >= run.last:
             log.info("this run has already done its %s steps; nothing is left to do", f"{run.last:,}")
             return 0
-        return _train(run, stop)
+        try:
+            return _train(run, stop)
+        except ValueError as error:
+            # Mistakes of the user's have been told before: this is none, whichever rank meets it.
+            raise RuntimeError("training met an error that it should not") from error
     except DataFailed as error:
         raise RankFailed(str(error)) from error
     except RuntimeError as error:

@@ -1,8 +1,4 @@
-"""Linear layers in fp32 on the CPU by oneDNN.
-
-PyTorch gives matrix products in fp32 to MKL, which takes half the speed out of CPUs that are not Intel's, and those in
-bf16 to oneDNN, which knows them all (pytorch/builder issue 504). PyTorch has no switch for fp32.
-"""
+"""Linear layers in fp32 on the CPU by oneDNN."""
 
 from typing import Any
 
@@ -12,7 +8,11 @@ from torch.autograd.function import once_differentiable
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Makes a model's linear layers compute by oneDNN, which they do until the end of the process."""
+    """Makes the linear layers of a model in fp32 compute by oneDNN, which they do from here on.
+
+    PyTorch gives matrix products in fp32 to MKL, which takes half the speed out of CPUs that are not Intel's
+    (pytorch/builder issue 504), and those in bf16 to oneDNN, which knows them all; it has no switch.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear

@@ -8,6 +8,7 @@ import torch
 from launching import rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
+from mixmim_ds.train.distributed import connect, tell
 from mixmim_ds.zero_files import Scattered, read_saved
 
 pytestmark = pytest.mark.slow
@@ -58,3 +59,22 @@ def test_what_is_not_finite_is_not_saved(small_run: list[str], tmp_path: Path) -
     assert "the checkpoint of step 1 cannot be saved (weights are not finite)" in printed
     assert "error: the loss of rank 0 is not finite at step 2" in printed.splitlines()[-1]
     assert newest_complete(folder) is None
+
+
+def test_an_error_of_a_library_is_shown_whole_by_any_rank(small_run: list[str], tmp_path: Path) -> None:
+    options = [*small_run, f"run_dir={tmp_path / 'run'}", "train.max_steps=1"]
+    printed = tasks(*options, script="tests/mistaken.py", code=1)
+    assert "Traceback" in printed and "ValueError: a library's own" in printed
+    assert "error: rank 0 waited in vain for another one" in printed
+
+
+def test_a_rank_without_a_gpu_says_so_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there are 4 GPUs; here they are made up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank in (4, 5):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(ValueError, match="than its 4 GPUs; start one per GPU") as raised:
+            connect(1)
+        assert tell(raised.value) == 2
+    assert capsys.readouterr().err.count("error: more processes") == 1
