@@ -6,8 +6,9 @@ Shapes: B images, h x w grid of tokens of a stage, C channels of a stage.
 from collections.abc import Sequence
 from typing import cast
 
+import timm.layers
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
@@ -15,6 +16,18 @@ from mixmim_ds.models.attention import WindowAttention
 from mixmim_ds.models.grids import Shape
 from mixmim_ds.models.groups import Groups, group_tokens
 from mixmim_ds.models.recompute import recompute
+
+
+class DropPath(timm.layers.DropPath):
+    """timm's, written so that torch.compile makes one graph for blocks of all rates: `bernoulli_` fixes the rate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> the same, for some images 0, for the others as much more."""
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) < keep
+        return x * kept / keep
 
 
 class Block(nn.Module):
