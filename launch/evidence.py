@@ -34,8 +34,8 @@ PRETRAINING = (
     "optim.base_lr=3.2e-3", "optim.warmup_epochs=0.2", "data.crop_scale=[0.5,1]",
 )  # fmt: skip
 FINETUNING = (
-    *MODEL, "train.epochs=60", "train.global_batch=64", "train.micro_batch=32", "eval_every=10", "optim.base_lr=4e-3",
-    "optim.ema_decay=0.99", "data.crop_scale=[0.6,1]",
+    *MODEL, "train.epochs=120", "train.global_batch=64", "train.micro_batch=32", "eval_every=20", "optim.base_lr=4e-3",
+    "optim.ema_decay=0.995", "data.crop_scale=[0.6,1]",
     "augment.rand_augment=null", "augment.mixup=0", "augment.cutmix=0", "augment.erase=0",
 )  # fmt: skip
 LAYER_DECAY = {"random": 1.0, "pretrained": 0.75}  # first layers that nothing has taught must learn as fast as the last
@@ -90,7 +90,7 @@ def finetune(out: Path, weights: str, seed: int) -> Job:
     name = f"finetuned_{weights}_{seed}"
     words = f"init={init}", f"data.root={out / 'labelled'}", f"run_dir={out / name}", f"train.seed={seed}"
     decay = f"optim.layer_decay={LAYER_DECAY[weights]}"
-    return Job(name, launched("finetune", *FINETUNING, decay, *words), 3.5)
+    return Job(name, launched("finetune", *FINETUNING, decay, *words), 4)
 
 
 def plan(out: Path, ablations: bool) -> list[Job]:
@@ -105,7 +105,7 @@ def plan(out: Path, ablations: bool) -> list[Job]:
             job for name, *change in ABLATIONS.values() for job in pretrain(out, name, SEEDS[0], 2.5, SHORT, *change)
         ]
     for seed in SEEDS:
-        jobs += pretrain(out, f"pretrained_{seed}", seed, 6)
+        jobs += pretrain(out, f"pretrained_{seed}", seed, 5)
     for seed in SEEDS:
         jobs.append(probe(out, f"random_{seed}", "random:tiny", "--seed", seed))
         jobs += [finetune(out, weights, seed) for weights in WEIGHTS]
