@@ -47,7 +47,7 @@ def train(photographs: Path, run_dir: Path) -> None:
         "model=tiny", f"data.root={photographs}", f"run_dir={run_dir}", f"precision={'bf16' if gpus else 'fp32'}",
         # Without augmentation, or minutes would not suffice to see something.
         "model.img_size=128", "data.crop_scale=[1,1]", "data.flip=false",
-        "train.epochs=9", f"train.global_batch={batch}", "train.micro_batch=8", "train.log_every=10",
+        "train.epochs=11", f"train.global_batch={batch}", "train.micro_batch=8", "train.log_every=10",
         "train.picture_every=250", f"optim.base_lr={1e-3 * 256 / batch}", "optim.warmup_epochs=0.5",
     )  # fmt: skip
 

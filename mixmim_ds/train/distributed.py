@@ -38,6 +38,10 @@ class RankMistaken(ValueError):
     """A mistake that only ranks like this one see, of which it is to tell."""
 
 
+class AgreedMistake(ValueError):
+    """A mistake that all ranks have been told of."""
+
+
 def is_peer_lost(error: RuntimeError) -> bool:
     """Whether a collective failed rather than the computation."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "pair closure"))
@@ -144,7 +148,7 @@ def on_first_rank(world: World, function: Callable[[], Any]) -> Any:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0, group=world.control)
     if answer[1] is not None:
-        raise ValueError(answer[1])
+        raise AgreedMistake(answer[1])
     return answer[0]
 
 
@@ -164,7 +168,7 @@ def on_every_rank(world: World, function: Callable[[], Any]) -> list[Any]:
         complaint = str(error)
     answers, complaints = zip(*gather(world, (answer, complaint)), strict=True)
     for text in filter(None, complaints):
-        raise ValueError(text)
+        raise AgreedMistake(text)
     return list(answers)
 
 

@@ -21,6 +21,7 @@ from mixmim_ds.train import checkpoint
 from mixmim_ds.train.bad_images import BadImages
 from mixmim_ds.train.distributed import (
     EXIT_REQUEUE,
+    AgreedMistake,
     RankFailed,
     StopRequest,
     World,
@@ -105,8 +106,9 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
             return 0
         try:
             return _train(run, stop)
-        except ValueError as error:
-            # Mistakes of the user's have been told before: this is none, whichever rank meets it.
+        except AgreedMistake:
+            raise
+        except ValueError as error:  # of a library, and perhaps on this rank alone
             raise RuntimeError("training met an error that it should not") from error
     except DataFailed as error:
         raise RankFailed(str(error)) from error
