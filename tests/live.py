@@ -16,6 +16,7 @@ from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import Loader, MicroBatch
 from mixmim_ds.train import checkpoint, pretrain
+from mixmim_ds.train.command import command
 
 write = checkpoint.Saver._write
 open_loader = pretrain.open_loader
@@ -49,4 +50,4 @@ def open_and_tell(config: PretrainConfig, *arguments: Any) -> Loader:
 
 checkpoint.Saver._write = write_and_tell
 pretrain.open_loader = open_and_tell
-sys.exit(pretrain.pretrain(load_config([word for word in sys.argv[1:] if not word.startswith("--local_rank")])))
+sys.exit(command(None, load_config, pretrain.pretrain))

@@ -7,7 +7,7 @@ from typing import Any
 from mixmim_ds.compose import load_config
 from mixmim_ds.data.loader import Loader, MicroBatch
 from mixmim_ds.train import pretrain
-from mixmim_ds.train.distributed import RunFailed
+from mixmim_ds.train.command import command
 
 open_loader = pretrain.open_loader
 
@@ -27,7 +27,4 @@ def open_poisoned(*arguments: Any) -> Loader:
 
 
 pretrain.open_loader = open_poisoned
-try:
-    sys.exit(pretrain.pretrain(load_config(sys.argv[1:])))
-except RunFailed as error:
-    sys.exit(f"error: {error}")
+sys.exit(command(None, load_config, pretrain.pretrain))

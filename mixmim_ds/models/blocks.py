@@ -27,7 +27,7 @@ class DropPath(timm.layers.DropPath):
             return x
         keep = 1 - self.drop_prob
         kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) < keep
-        return x * kept / keep
+        return x * kept / keep if self.scale_by_keep and keep > 0 else x * kept
 
 
 class Block(nn.Module):

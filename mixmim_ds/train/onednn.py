@@ -27,6 +27,8 @@ class OneDNNLinear(nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
+    """x [..., in], weight [out, in] and bias [out] or None -> [..., out]; and the gradients of the three."""
+
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         context.save_for_backward(x, weight)

@@ -56,3 +56,5 @@ def test_drop_path_leaves_out_images_at_its_rate() -> None:
     assert left_out.any(1).float().mean().item() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 4000) ** 0.5)
     torch.testing.assert_close(y[~left_out.any(1)], x[~left_out.any(1)] / 0.75)
     assert drop.eval()(x) is x
+    assert not DropPath(1.0)(x).any(), "timm takes this rate"
+    assert set(DropPath(0.25, scale_by_keep=False)(torch.ones(99, 1)).flatten().tolist()) == {0.0, 1.0}
