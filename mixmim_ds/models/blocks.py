@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import cast
 
 import timm.layers
+import timm.models.swin_transformer
 import torch
 from timm.layers import Mlp
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from mixmim_ds.models.attention import WindowAttention
@@ -28,6 +28,15 @@ class DropPath(timm.layers.DropPath):
         keep = 1 - self.drop_prob
         kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) < keep
         return x * kept / keep if self.scale_by_keep and keep > 0 else x * kept
+
+
+class PatchMerging(timm.models.swin_transformer.PatchMerging):
+    """timm's, without its padding, which copies all tokens even where it has nothing to add."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] -> [B, h/2, w/2, D]; h and w are even."""
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 class Block(nn.Module):

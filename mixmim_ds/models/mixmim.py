@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -48,8 +49,8 @@ def unpatchify(cells: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def normalise(cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each cell to mean 0 and (unbiased) variance 1: the cells [B, L, P], their means and deviations [B, L, 1]."""
-    mean = cells.mean(dim=-1, keepdim=True)
-    deviation = (cells.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    variance, mean = torch.var_mean(cells, dim=-1, keepdim=True)
+    deviation = (variance + 1e-6).sqrt()
     return (cells - mean) / deviation, mean, deviation
 
 
@@ -148,15 +149,17 @@ class MixMIM(nn.Module):
             raise ValueError(f"a micro-batch of {images.shape[0]} images cannot be paired; it must be even.")
         if tuple(mask.shape) != self.grid:
             raise ValueError(f"the mask is {tuple(mask.shape)}, the images have {self.grid} cells of {CELL} pixels.")
-        mixed = masking.mix(images, mask).to(self.mask_token.dtype)
+        mixed = masking.mix(images.to(self.mask_token.dtype), mask)
         tokens = self.encoder.forward_features(mixed, mask if self.group_attention else None)
         prediction = self.decode(tokens.flatten(1, 2), mask)
         exact = torch.promote_types(images.dtype, torch.float32)
         target = patchify(images.to(exact))
         if self.norm_pix_loss:
             target = normalise(target)[0]
-        error = (prediction.to(exact) - target).square()
-        return (error if self.dual_reconstruction else error[:, mask.flatten()]).mean(), prediction
+        predicted = prediction.to(exact)
+        if not self.dual_reconstruction:
+            predicted, target = predicted[:, mask.flatten()], target[:, mask.flatten()]
+        return F.mse_loss(predicted, target), prediction
 
     def flops_per_image(self) -> int:
         """Floating-point operations (2 per multiply-accumulate) of one image's forward pass, as the method states it:
