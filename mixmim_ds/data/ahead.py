@@ -1,54 +1,30 @@
 """Work done ahead in a thread."""
 
-from collections.abc import Iterable, Iterator
-from queue import Empty, Full, Queue
-from threading import Event, Thread
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
-POLL_S = 0.1  # how soon the thread notices that nobody listens any more
 
 
-def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """The items, `depth` of them made in a thread before they are asked for. What that raises is raised here.
 
     The thread ends with this iterator, after the item that it is making.
     """
-    queue: Queue[tuple[T | None, BaseException | None]] = Queue(depth)
-    closed = Event()
+    source = iter(items)
 
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not closed.is_set():
-            try:
-                return queue.put((item, error), timeout=POLL_S)
-            except Full:
-                continue
+    def one() -> list[T]:
+        """The next item, or none at the end."""
+        return list(islice(source, 1))
 
-    def work() -> None:
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        waiting = deque(thread.submit(one) for _ in range(depth))
         try:
-            for item in items:
-                put(item, None)
-                if closed.is_set():
-                    return
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = queue.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            assert item is not None
-            yield item
-    finally:
-        closed.set()
-        while thread.is_alive():
-            try:
-                queue.get_nowait()
-            except Empty:
-                thread.join(POLL_S)
+            while found := waiting.popleft().result():
+                waiting.append(thread.submit(one))
+                yield from found
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -2,7 +2,9 @@
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -12,6 +14,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mixmim_ds.config import DataConfig, PretrainConfig, RunConfig
+from mixmim_ds.data.ahead import ahead
 from mixmim_ds.data.dali import DecodeError, Fed, Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
 from mixmim_ds.data.quarantine import DataFailed, Quarantine
@@ -215,16 +218,25 @@ class DaliLoader(Generic[B]):
 
     def _batches_until_failure(self, first: int) -> Iterator[B]:
         """This rank's micro-batches from number `first` on; DecodeError once one cannot be decoded."""
-        planned: dict[int, MicroBatchPlan] = {}
+        planned: deque[MicroBatchPlan] = deque()
 
-        def feed(iteration: int) -> Fed:
-            planned[iteration] = self.quarantine.micro_batch_at(*self.share.place(first + iteration))
-            return self._fed(planned[iteration])
+        def read() -> Iterator[tuple[MicroBatchPlan, Fed]]:
+            for turn in itertools.count(first):
+                batch = self.quarantine.micro_batch_at(*self.share.place(turn))
+                yield batch, self._fed(batch)
 
-        pipeline = self._open_pipeline(feed, self.plan.micro_batch, self.data.prefetch)
-        for iteration in itertools.count():
-            pixels = run_pipeline(pipeline, self.device)
-            yield self.finish(pixels, planned.pop(iteration), *self.share.place(first + iteration))
+        # DALI asks for what it is fed in the loop's thread, which would wait there for the storage of shards.
+        with closing(ahead(read(), 1)) as readings:
+
+            def feed(_: int) -> Fed:
+                batch, fed = next(readings)
+                planned.append(batch)
+                return fed
+
+            pipeline = self._open_pipeline(feed, self.plan.micro_batch, self.data.prefetch)
+            for turn in itertools.count(first):
+                pixels = run_pipeline(pipeline, self.device)
+                yield self.finish(pixels, planned.popleft(), *self.share.place(turn))
 
     def _open_pipeline(self, feed: Feed, batch: int, prefetch: int) -> Pipeline:
         return build_pipeline(feed, self.index.gives, batch, self.img_size, self.device, self.threads, prefetch)

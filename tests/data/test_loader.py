@@ -1,7 +1,9 @@
 """What the loop gets: the same global batches for any number of ranks, from any step on."""
 
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from loading import CPU, assert_same, config_of_loader, global_batches
@@ -43,6 +45,22 @@ def test_images_and_mask_are_what_the_model_takes(index: Images) -> None:
     batch = next(loader.batches(0))
     assert batch.images.shape == (8, 3, 64, 64) and batch.images.dtype == torch.float32
     assert batch.mask.shape == (2, 2) and batch.mask.dtype == torch.bool and batch.mask.sum() == 2
+
+
+def test_storage_never_makes_the_loop_wait_in_its_own_thread(index: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers, give = [], type(index).give
+
+    def noted(self: Images, ids: np.ndarray) -> object:
+        readers.append(threading.current_thread())
+        return give(self, ids)
+
+    monkeypatch.setattr(type(index), "give", noted)
+    batches = open_loader(config_of_loader(), index, Share(0, 1, 4), CPU, cores=2).batches(0)
+    for _ in range(3):
+        next(batches)
+    assert len(readers) >= 3 and threading.main_thread() not in readers
+    batches.close()
+    assert not any(reader.is_alive() for reader in readers), "the threads end with the iterator"
 
 
 def test_normalisation_is_torchvisions() -> None:
