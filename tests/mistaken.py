@@ -1,22 +1,23 @@
-"""launch/pretrain.py, whose rank 1 meets a ValueError that is no mistake of the user's."""
+"""launch/pretrain.py, whose rank 1 alone meets a ValueError: as it looks for the images, if MISTAKEN says so, which is
+a mistake of the user's, or in training, which is none."""
 
 import os
 import sys
 from typing import Any
 
 from mixmim_ds.compose import load_config
-from mixmim_ds.train import loop
+from mixmim_ds.train import loop, pretrain
 from mixmim_ds.train.command import command
-from mixmim_ds.train.pretrain import pretrain
 
-set_lr = loop.set_lr
+MODULE, NAME = (pretrain, "open_images") if os.environ.get("MISTAKEN") == "images" else (loop, "set_lr")
+whole = getattr(MODULE, NAME)
 
 
-def fail(*arguments: Any) -> None:
+def fail(*arguments: Any, **options: Any) -> Any:
     if os.environ["RANK"] == "1":
-        raise ValueError("a library's own")
-    set_lr(*arguments)
+        raise ValueError("this rank alone knows")
+    return whole(*arguments, **options)
 
 
-loop.set_lr = fail
-sys.exit(command(None, load_config, pretrain))
+setattr(MODULE, NAME, fail)
+sys.exit(command(None, load_config, pretrain.pretrain))

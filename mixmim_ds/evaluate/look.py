@@ -16,8 +16,8 @@ from mixmim_ds.data.labelled import central_windows
 from mixmim_ds.data.plan import mask_at
 from mixmim_ds.data.scan import EXTENSIONS
 from mixmim_ds.evaluate.features import View
+from mixmim_ds.evaluate.pictures import draw
 from mixmim_ds.export.pretrained import Pretrained
-from mixmim_ds.train.pictures import draw
 
 MOST = 1000  # images that are read into memory at once
 BATCH = 16  # images that the encoder takes at once

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from mixmim_ds.train.pictures import COLUMNS, GAP
+from mixmim_ds.evaluate.pictures import COLUMNS, GAP
 
 PAPER, INK, QUIET = "#ffffff", "#16191d", "#5d6672"
 

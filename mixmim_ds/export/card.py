@@ -9,6 +9,7 @@ from timm.models._hub import generate_readme
 
 from mixmim_ds.checkpoints import Checkpoint, sha256
 from mixmim_ds.export.weights import Weights
+from mixmim_ds.json_lines import read_rows
 from mixmim_ds.models import MixMIM, MixMIMTransformer
 
 CITATION = """@article{liu2022mixmim,
@@ -82,7 +83,7 @@ def _card(encoder: MixMIMTransformer, name: str, dtype: torch.dtype, history: di
 
 def _loss(checkpoint: Checkpoint) -> str:
     """The last one reported up to the checkpoint."""
-    rows = _rows(checkpoint, "metrics.jsonl")
+    rows = [row for row in _rows(checkpoint, "metrics.jsonl") if row["loss"] is not None]  # of a step left out
     return f"{rows[-1]['loss']:.4f} at step {rows[-1]['step']:,}" if rows else "not reported"
 
 
@@ -94,9 +95,7 @@ def _top1(checkpoint: Checkpoint) -> str:
 
 def _rows(checkpoint: Checkpoint, name: str) -> list[dict[str, Any]]:
     """Those of a file of the run, up to the checkpoint."""
-    path = checkpoint.path.parent.parent / name
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [row for row in rows if row["step"] <= checkpoint.step]
+    return [row for row in read_rows(checkpoint.path.parent.parent / name) if row["step"] <= checkpoint.step]
 
 
 def _versions(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from mixmim_ds.evaluate.pictures import COLUMNS
+from mixmim_ds.json_lines import Row
 from mixmim_ds.report.curves import Curve, panel, rows_of_a_point, thin
 from mixmim_ds.report.pictures import read_pictures
-from mixmim_ds.report.story import Row, Story
-from mixmim_ds.train.pictures import COLUMNS
+from mixmim_ds.report.story import Story
 
 GENERATOR = '<meta name="generator" content="mixmim_ds report">'  # by which a page of ours is known again
 MOST = 100  # rows of a table

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import read_checkpoint
 from mixmim_ds.config import flatten
+from mixmim_ds.json_lines import Row, read_rows
 
-Row = dict[str, Any]
 MARKS = ("config.yaml", "environment.json", "metrics.jsonl", "train.log")  # a folder with none of them holds no run
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)")  # of train.log
 STEP = re.compile(r"step ([\d,]+)/([\d,]+) \| ")  # a line that repeats a row of metrics.jsonl
@@ -57,12 +56,12 @@ def read_story(run_dir: Path) -> Story:
         run_dir=run_dir,
         options=flatten(_read_options(run_dir / "config.yaml")),
         engine=_read_json(run_dir / "ds_config.json", {}),
-        rows=list(_read_lines(run_dir / "metrics.jsonl")),
-        evaluations=list(_read_lines(run_dir / "evaluations.jsonl")),
+        rows=read_rows(run_dir / "metrics.jsonl"),
+        evaluations=read_rows(run_dir / "evaluations.jsonl"),
         starts=_read_json(run_dir / "environment.json", []),
         events=events,
         last=last,
-        bad_images=list(_read_lines(failures / "bad_images.jsonl")),
+        bad_images=read_rows(failures / "bad_images.jsonl"),
         bad_steps=[_read_json(path, {}) for path in sorted(failures.glob("step_*.json"))],
         checkpoints=[_checkpoint(path) for path in sorted((run_dir / "checkpoints").glob("step_*"))],
         state=_state(run_dir, events),
@@ -79,18 +78,6 @@ def _read_json(path: Path, missing: Any) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return missing
-
-
-def _read_lines(path: Path) -> Iterator[Row]:
-    """The objects of a file with one a line; a last one may still be being written."""
-    if not path.is_file():
-        return
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
 
 
 def _read_log(path: Path) -> tuple[list[tuple[str, str]], int | None]:

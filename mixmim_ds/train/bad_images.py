@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.shards import Images
+from mixmim_ds.json_lines import JsonLines
 from mixmim_ds.train.distributed import RunFailed, World, gather, on_first_rank
-from mixmim_ds.train.json_lines import JsonLines
 
 log = logging.getLogger("mixmim_ds")
 

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from mixmim_ds.config import flatten
-from mixmim_ds.train.pictures import Picture
+from mixmim_ds.evaluate.pictures import Picture
 
 log = logging.getLogger("mixmim_ds")
 

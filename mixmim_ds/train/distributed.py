@@ -156,7 +156,9 @@ def made_once(world: World, function: Callable[[], T]) -> T:
     """What `function` gives on every rank, where rank 0, called before the others, makes what they find."""
     made: list[T] = []
     on_first_rank(world, lambda: made.append(function()))
-    return made[0] if made else function()
+    # a rank that does not find it must be heard, for the first one alone tells mistakes
+    on_every_rank(world, lambda: None if made else made.append(function()))
+    return made[0]
 
 
 def on_every_rank(world: World, function: Callable[[], Any]) -> list[Any]:

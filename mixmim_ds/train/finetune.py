@@ -17,6 +17,7 @@ from mixmim_ds.data.labelled_loader import LabelledBatch, LabelledLoader
 from mixmim_ds.data.loader import Normalise, Share
 from mixmim_ds.evaluate.accuracy import count, scores
 from mixmim_ds.evaluate.features import load_encoder, normalise_of
+from mixmim_ds.evaluate.pictures import Picture, draw_batch
 from mixmim_ds.export.to_timm import Form, export_run
 from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, MixMIMTransformer
@@ -33,7 +34,6 @@ from mixmim_ds.train.distributed import (
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.optim import layer_scale
-from mixmim_ds.train.pictures import Picture, draw_batch
 from mixmim_ds.train.restore import load_weights
 from mixmim_ds.zero_files import AVERAGE, read_saved
 
@@ -67,7 +67,7 @@ def evaluate(config: FinetuneConfig) -> int:
     world = connect(config.train.start_timeout_s)
     try:
         train, val = find_labelled(config, world)
-        encoder = load_encoder(config.init, config.train.seed, head=True)
+        encoder = made_once(world, lambda: load_encoder(config.init, config.train.seed, head=True))
         names = encoder.pretrained_cfg.get("label_names")  # of foreign files none
         if encoder.num_classes != len(train.classes) or (names and list(names) != train.classes):
             raise ValueError(
@@ -101,7 +101,7 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
     options = config.model
     model = Classifier(options.encoder, options.img_size, len(train.classes), options.drop_path)
     if config.init != RANDOM and not on_first_rank(world, lambda: bool(steps_of(Path(config.run_dir)))):
-        known = load_init(model, config, train.classes)
+        known = on_every_rank(world, lambda: load_init(model, config, train.classes))[0]
         if world.first:
             print(
                 f"the classifier is {'that of' if known else 'new, the encoder that of'} init={config.init}", flush=True

@@ -17,6 +17,7 @@ from mixmim_ds.config import RunConfig
 from mixmim_ds.data.loader import Batch, Loader
 from mixmim_ds.data.quarantine import DataFailed
 from mixmim_ds.data.shards import Images
+from mixmim_ds.evaluate.pictures import Picture
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.bad_images import BadImages
 from mixmim_ds.train.distributed import (
@@ -29,6 +30,7 @@ from mixmim_ds.train.distributed import (
     disconnect,
     is_peer_lost,
     mean_over_ranks,
+    on_every_rank,
     on_first_rank,
     shorten_timeout,
 )
@@ -36,7 +38,6 @@ from mixmim_ds.train.engine import Trained, accumulation, build_engine, set_lr
 from mixmim_ds.train.failures import BadSteps
 from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import ScaleOf, Schedule, all_alike
-from mixmim_ds.train.pictures import Picture
 from mixmim_ds.train.restore import average_weights, load_weights, restore
 from mixmim_ds.train.run_folder import earlier_weights, open_run_folder
 from mixmim_ds.zero_files import read_saved
@@ -130,7 +131,7 @@ def _begin(task: Task, world: World) -> Run:
     turns, fingerprint = accumulation(config, world.size), "synthetic" if task.index is None else task.index.fingerprint
     weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
     if weights:
-        load_weights(task.model, read_saved(weights).masters)
+        on_every_rank(world, lambda: load_weights(task.model, read_saved(weights).masters))
     lock = open_run_folder(config, world, fingerprint, task.classes)
     plan = task.loader.plan
     schedule = Schedule(config.optim, train.global_batch, plan.steps_per_epoch, train.epochs)
@@ -166,7 +167,7 @@ def resume(
     if found is None:
         return 0, build_engine(config, model, world, scale_of)
     saved = read_saved(found.path)
-    load_weights(model, saved.masters)
+    on_every_rank(world, lambda: load_weights(model, saved.masters))
     engine = build_engine(config, model, world, scale_of)
     restore(engine, saved, found.step)
     log.info("going on from %s", found.path)

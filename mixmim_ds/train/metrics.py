@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from mixmim_ds.evaluate.pictures import Picture
+from mixmim_ds.json_lines import JsonLines
 from mixmim_ds.train.board import Board
 from mixmim_ds.train.distributed import World
-from mixmim_ds.train.json_lines import JsonLines
-from mixmim_ds.train.pictures import Picture
 
 log = logging.getLogger("mixmim_ds")
 

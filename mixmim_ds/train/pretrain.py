@@ -11,6 +11,7 @@ from mixmim_ds.data.labelled import Labelled, open_labelled
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.data.shards import Images, open_images
 from mixmim_ds.evaluate.features import Vectors, View, extract
+from mixmim_ds.evaluate.pictures import COLUMNS, Picture, draw
 from mixmim_ds.evaluate.probe import accuracy_of_votes, nearest, nearest_of
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.finetune_config import LabelledDataConfig
@@ -18,7 +19,6 @@ from mixmim_ds.models import build_model
 from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_every_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
-from mixmim_ds.train.pictures import COLUMNS, Picture, draw
 from mixmim_ds.train.restore import load_weights
 from mixmim_ds.zero_files import read_saved
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from mixmim_ds.config import DataConfig, ModelConfig
 from mixmim_ds.data.plan import mask_at
 from mixmim_ds.evaluate.look import as_the_model_takes_them, draw_pairs, find_files, find_neighbours, read_images
+from mixmim_ds.evaluate.pictures import GAP
 from mixmim_ds.export.pretrained import Pretrained, load_pretrained
 from mixmim_ds.models import build_model
-from mixmim_ds.train.pictures import GAP
 
 SIDE = 64
 

@@ -98,6 +98,17 @@ def test_config_and_card_say_what_it_is(trained: Path, tmp_path: Path) -> None:
         assert words in card
 
 
+def test_the_card_tells_the_last_loss_there_is(trained: Path, tmp_path: Path) -> None:
+    """Of a run whose last reported step was left out, and that was killed as it wrote a row."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    rows = folder / "metrics.jsonl"
+    first = json.loads(rows.read_text().splitlines()[0])
+    lines = [json.dumps(first), json.dumps(first | {"step": first["step"] + 1, "loss": None}), '{"step": 3, "lo']
+    rows.write_text("\n".join(lines))
+    card = (converted(folder, tmp_path / "timm") / "README.md").read_text()
+    assert f"{first['loss']:.4f} at step {first['step']}" in card
+
+
 def test_half_the_bytes_on_request(trained: Path, tmp_path: Path) -> None:
     full = load_file(converted(trained, tmp_path / "fp32") / "model.safetensors")
     half = load_file(converted(trained, tmp_path / "bf16", "--dtype=bf16") / "model.safetensors")

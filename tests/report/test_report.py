@@ -14,12 +14,12 @@ import pytest
 import torch
 from launching import typed
 
+from mixmim_ds.evaluate.pictures import Picture
 from mixmim_ds.report.curves import POINTS, Curve, nice_ticks, panel, thin
 from mixmim_ds.report.page import render
 from mixmim_ds.report.pictures import read_pictures
 from mixmim_ds.report.story import read_story
 from mixmim_ds.train.board import Board
-from mixmim_ds.train.pictures import Picture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "<script>alert(1)</script>&\"'.jpg"

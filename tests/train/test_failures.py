@@ -64,8 +64,18 @@ def test_what_is_not_finite_is_not_saved(small_run: list[str], tmp_path: Path) -
 def test_an_error_of_a_library_is_shown_whole_by_any_rank(small_run: list[str], tmp_path: Path) -> None:
     options = [*small_run, f"run_dir={tmp_path / 'run'}", "train.max_steps=1"]
     printed = tasks(*options, script="tests/mistaken.py", code=1)
-    assert "Traceback" in printed and "ValueError: a library's own" in printed
+    assert "Traceback" in printed and "ValueError: this rank alone knows" in printed
     assert "error: rank 0 waited in vain for another one" in printed
+
+
+def test_a_mistake_that_one_rank_sees_is_told_once(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that its node lacks, say."""
+    monkeypatch.setenv("MISTAKEN", "images")
+    printed = tasks(*small_run, f"run_dir={tmp_path / 'run'}", script="tests/mistaken.py", code=2)
+    assert [line for line in printed.splitlines() if "error:" in line] == ["error: this rank alone knows"]
+    assert "Traceback" not in printed
 
 
 def test_a_rank_without_a_gpu_says_so_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

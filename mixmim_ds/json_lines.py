@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class JsonLines:
         """The rows there that are wanted; the others go, as does a last one that a killed run left unfinished."""
         if not self.path.exists():
             return []
-        rows = [row for row in map(_parse, self.path.read_text().splitlines()) if row is not None and wanted(row)]
+        rows = [row for row in read_rows(self.path) if wanted(row)]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
@@ -37,9 +38,10 @@ class JsonLines:
             log.warning("%s cannot be written (%s): its rows are kept and written later", self.path, error.strerror)
 
 
-def _parse(line: str) -> Row | None:
-    try:
-        row: Row = json.loads(line)
-    except ValueError:
-        return None
-    return row
+def read_rows(path: Path) -> list[Row]:
+    """The objects of a file with one a line, but for what a killed run left unfinished; none if there is no file."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
