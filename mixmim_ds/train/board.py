@@ -27,6 +27,7 @@ class Board:
 
     def __init__(self, folder: Path, start: int) -> None:
         self.folder, self.start = folder, start
+        self.next = start + 1  # events from this step on are not this run's, when a file is begun
         self.writer: SummaryWriter | None = None
 
     def options(self, options: dict[str, Any]) -> None:
@@ -44,6 +45,7 @@ class Board:
         """A point for each curve."""
         for name, value in values.items():
             self._tell(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=step))
+        self.next = step + 1
 
     def picture(self, step: int, picture: Picture) -> None:
         """A picture, and what is to be seen there."""
@@ -60,7 +62,7 @@ class Board:
     def _tell(self, tell: Callable[[SummaryWriter], Any]) -> None:
         """Has something written, or says that it could not."""
         try:
-            self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=self.start + 1)
+            self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=self.next)
             tell(self.writer)
         except OSError as error:
             self.writer = None

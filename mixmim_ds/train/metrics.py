@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import resource
 import time
 from pathlib import Path
@@ -16,9 +17,11 @@ from mixmim_ds.train.distributed import World
 
 log = logging.getLogger("mixmim_ds")
 
-# Dense bf16 and fp16 peaks of the data sheets, FLOP/s. A GPU that is not here gets no MFU rather than a wrong one.
+# Dense bf16 and fp16 peaks of the data sheets, FLOP/s, by whole names. A GPU that is not here gets no MFU rather than a
+# wrong one.
 PEAK_FLOPS = {
-    "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12,
+    "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H200": 989e12, r"A100[ -].*": 312e12, "B200": 2250e12,
+    "L40S": 362e12,
 }  # fmt: skip
 
 
@@ -27,7 +30,7 @@ def peak_flops(precision: str) -> float | None:
     if precision == "fp32" or not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.fullmatch(f"NVIDIA {known}", name)), None)
 
 
 def memory_gib() -> float:
@@ -42,9 +45,10 @@ class Metrics:
 
     Reported per log step: `loss` (of that step, over the whole global batch; null if not finite), `lr` and `grad_norm`
     (of that update, before clipping); over the time since the last report `images_per_s` (all processes),
-    `step_time_s`, `data_wait` (share of the time that the loop waited for data), `mfu` (3 x forward FLOPs x
-    images/s/GPU over the GPU's peak: the method's operations, recomputed ones not counted) and `save_time_s`, which is
-    in none of the others; and `bad_images`, the broken ones that any rank has met since step 0.
+    `images_per_s_per_gpu`, `step_time_s`, `data_wait` (share of the time that the loop waited for data), `mfu` (3 x
+    forward FLOPs x images/s/GPU over the GPU's peak: the method's operations, recomputed ones not counted) and
+    `save_time_s`, which is in none of the others; since the start `memory_gib` (the most, of this process's GPU); and
+    `bad_images`, the broken ones that any rank has met since step 0.
 
     Evaluations have a file of their own, see `scores`.
 

@@ -1,5 +1,6 @@
 """What a run tells TensorBoard beside its curves, read back as TensorBoard's own plugins read it."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+from torch.utils.tensorboard import SummaryWriter
 
 from mixmim_ds.train.board import Board
 
@@ -35,6 +37,26 @@ def test_a_run_is_one_row_of_the_table_and_its_options_are_there_as_text(twenty:
     board = EventAccumulator(str(twenty / "tensorboard")).Reload()
     (text,) = board.Tensors("config/text_summary")
     assert "    train:\n" in (said := text.tensor_proto.string_val[0].decode()) and "      global_batch: 32\n" in said
+
+
+def test_a_disk_that_fails_for_a_moment_costs_only_what_it_did_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk's refusal is imitated."""
+    board = Board(tmp_path, 0)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for step in range(1, 7):
+        with monkeypatch.context() as disk:
+            if step == 4:
+                disk.setattr(SummaryWriter, "add_scalar", refuse)
+            board.scalars({"loss": step}, step)
+        assert board.writer is None or board.writer.flush() is None
+    board.close(finished=True)
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in read.Scalars("loss")] == [1, 2, 3, 5, 6]
 
 
 def test_a_run_that_is_stopped_and_goes_on_stays_one_row_that_ends_with_it(tmp_path: Path) -> None:

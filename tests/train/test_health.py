@@ -5,12 +5,13 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 from launching import free_port
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.train import health
-from mixmim_ds.train.distributed import RunFailed
+from mixmim_ds.train.distributed import RunFailed, World
 from mixmim_ds.train.health import Finding, _judge, healthcheck, look
 
 USUAL = ["NVIDIA H100 80GB HBM3", "images 62529d36", "run_dir writable"]
@@ -69,6 +70,18 @@ def test_the_node_that_differs_is_named(capsys: pytest.CaptureFixture[str]) -> N
     said = _judge(findings)
     assert "Node n2 is not fit: it has NVIDIA A100" in said and said.count("GPU 0 is in use") == 1
     assert said.endswith("sbatch --exclude=n2,n3.")
+
+
+def test_a_node_whose_clock_is_astray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three nodes, whose answers are made up."""
+    clocks = [(1000.0, "n1"), (1000.5, "n2"), (1000.5 + 3600, "n3")]
+    monkeypatch.setattr(health, "gather", lambda world, mine: clocks)
+    monkeypatch.setattr(health.dist, "barrier", lambda group: None)
+    world = World(0, 3, torch.device("cpu"), None)
+    with pytest.raises(RunFailed, match=r"n3 by \+3600 s\. Set them \(NTP\), .*--exclude=n3\.$"):
+        health._compare_clocks(world)
+    clocks.pop()
+    health._compare_clocks(world)
 
 
 def test_a_silent_node_is_named(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
