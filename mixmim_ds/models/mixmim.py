@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -156,10 +155,8 @@ class MixMIM(nn.Module):
         target = patchify(images.to(exact))
         if self.norm_pix_loss:
             target = normalise(target)[0]
-        predicted = prediction.to(exact)
-        if not self.dual_reconstruction:
-            predicted, target = predicted[:, mask.flatten()], target[:, mask.flatten()]
-        return F.mse_loss(predicted, target), prediction
+        error = (prediction.to(exact) - target).square()
+        return (error if self.dual_reconstruction else error[:, mask.flatten()]).mean(), prediction
 
     def flops_per_image(self) -> int:
         """Floating-point operations (2 per multiply-accumulate) of one image's forward pass, as the method states it:
