@@ -14,8 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.models import MixMIM, blocks, build_model
-from mixmim_ds.models.groups import Groups, sort_tokens
-from mixmim_ds.models.masking import pair_mask
+from mixmim_ds.models.groups import Groups, pair_mask, sort_tokens
 from mixmim_ds.plan_memory import DTYPES, MODES, Ledger, activations, attention_of_cuda, count, model_on_meta, states
 from mixmim_ds.plan_run import GPUS, micro_batches, parse, plan
 from mixmim_ds.plan_time import Machine, checkpoint_bytes, seconds_per_image, step_of, traffic

@@ -16,42 +16,27 @@ import torch
 from torch import Tensor
 
 from mixmim_ds.benchmark.options import run_options
+from mixmim_ds.benchmark.plain import PlainBlock
 from mixmim_ds.benchmark.report import Measured
 from mixmim_ds.benchmark.timing import Marks, in_turn
 from mixmim_ds.data.plan import mask_at
 from mixmim_ds.models import build_model
 from mixmim_ds.models.attention import WindowAttention
 from mixmim_ds.models.grids import CELL
-from mixmim_ds.models.groups import Groups, sort_tokens
-from mixmim_ds.models.masking import pair_mask
+from mixmim_ds.models.groups import Groups, pair_mask, sort_tokens
 from mixmim_ds.plan_memory import DTYPES
 
 Side = Callable[[Tensor], Tensor]
 
 
-def plain(module: WindowAttention, x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, h, w, C] -> [B, h, w, C] under a mask (bool [H/32, W/32])."""
-    batch, height, width, dim = x.shape
-    (win_h, win_w), heads = module.window, module.num_heads
-    rows, columns, tokens = height // win_h, width // win_w, win_h * win_w
-    apart = ~pair_mask(mask, (height, width), module.window)
-    additive = torch.zeros(apart.shape, dtype=x.dtype, device=x.device).masked_fill(apart, float("-inf"))
-    windows = x.reshape(batch, rows, win_h, columns, win_w, dim).transpose(2, 3).reshape(-1, tokens, dim)
-    q, k, v = module.qkv(windows).reshape(-1, tokens, 3, heads, dim // heads).permute(2, 0, 3, 1, 4).unbind(0)
-    bias = module.relative_position_bias_table[module.relative_position_index.flatten()]
-    logits = q * module.head_dim**-0.5 @ k.mT + bias.reshape(tokens, tokens, heads).permute(2, 0, 1)
-    logits = logits.reshape(batch, -1, heads, tokens, tokens) + additive[:, None]
-    x = logits.reshape(-1, heads, tokens, tokens).softmax(-1) @ v
-    x = module.proj(x.transpose(1, 2).reshape(-1, tokens, dim))
-    return x.reshape(batch, rows, columns, win_h, win_w, dim).transpose(2, 3).reshape(batch, height, width, dim)
-
-
 def sides(module: WindowAttention, grid: tuple[int, int], mask: Tensor) -> dict[str, Side]:
     """Every way to run a layer of a stage; what a stage does once for its blocks is done."""
+    plain = PlainBlock(module.qkv.in_features, module.num_heads, module.window).to(module.qkv.weight)
+    plain.attn.load_state_dict(module.state_dict())
     pairs = Groups(None, pair_mask(mask, grid, module.window))
     sequences = Groups(sort_tokens(mask, grid, module.window), None)
     return {
-        "plain": lambda x: plain(module, x, mask),
+        "plain": lambda x: plain.attend(x, mask),
         "masked pairs": lambda x: module(x, pairs),
         "sequences": lambda x: module(x, sequences),
         "linears": lambda x: module.proj(module.qkv(x)[..., : x.shape[-1]]),

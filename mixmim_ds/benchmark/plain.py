@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmim_ds.models import MixMIM
-from mixmim_ds.models.mixmim import patchify
+from mixmim_ds.models.grids import CELL
+from mixmim_ds.models.mixmim import normalise, patchify
 
-CELL = 32  # pixels along the side of a mask cell
 Size = tuple[int, int]
 
 
@@ -198,7 +198,4 @@ class PlainMixMIM(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """[B, L, 3072]: pixels of each cell, row, column, channel, normalised if so asked."""
         cells = patchify(images)
-        if not self.norm_pix_loss:
-            return cells
-        mean, variance = cells.mean(-1, keepdim=True), cells.var(-1, keepdim=True)
-        return (cells - mean) / (variance + 1e-6).sqrt()
+        return normalise(cells)[0] if self.norm_pix_loss else cells

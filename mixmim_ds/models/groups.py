@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixmim_ds.models.grids import Shape
-from mixmim_ds.models.masking import pair_mask, upsample
+from mixmim_ds.models.masking import upsample
 
 
 class Sequences(NamedTuple):
@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """One of the two is given."""
+    """Which tokens may attend to each other; one of the two says it."""
 
     sequences: Sequences | None
     same_image: Tensor | None  # bool [G, N, N]: which pairs may attend
@@ -52,6 +52,12 @@ def sort_tokens(mask: Tensor, grid: Shape, window: Shape) -> Sequences:
     count = masked.sum(1)
     sizes = torch.stack([masked.shape[1] - count, count], 1).flatten()
     return Sequences(order.flatten(), places.flatten(), F.pad(sizes.cumsum(0), (1, 0)))
+
+
+def pair_mask(mask: Tensor, grid: Shape, window: Shape) -> Tensor:
+    """Which pairs of tokens of a window stem from the same image, bool [G, N, N], under a mask (bool [H/32, W/32])."""
+    source = _windows(upsample(mask, grid[0], grid[1]), window)
+    return source[:, :, None] == source[:, None, :]
 
 
 def _windows(values: Tensor, window: Shape) -> Tensor:

@@ -41,11 +41,3 @@ def split(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> tuple[Tensor, Ten
 def choose(without_masked: Tensor, without_visible: Tensor, mask: Tensor) -> Tensor:
     """For every place what the sequence says that did not see it, from the two of `split`; [B, L, D]."""
     return without_masked.where(mask.flatten()[:, None], without_visible)
-
-
-def pair_mask(mask: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """Which pairs of tokens of a window stem from the same image: bool [windows, N, N], N = tokens of a window."""
-    (height, width), (win_h, win_w) = grid, window
-    source = upsample(mask, height, width).reshape(height // win_h, win_h, width // win_w, win_w)
-    source = source.permute(0, 2, 1, 3).reshape(-1, win_h * win_w)
-    return source[:, :, None] == source[:, None, :]

@@ -10,7 +10,6 @@ from torch import Tensor
 from mixmim_ds.benchmark.attention import sides
 from mixmim_ds.models import groups
 from mixmim_ds.models.attention import WindowAttention
-from mixmim_ds.models.masking import pair_mask
 
 BACKENDS = ("masked pairs", "sequences")
 # Window and grid of all registered encoders: at 224 a window of 14 cuts cells, at 384 one of 12 holds whole ones.
@@ -63,7 +62,7 @@ def attend(module: WindowAttention, x: Tensor, mask: Tensor, backend: str) -> Te
     grid = (x.shape[1], x.shape[2])
     if backend == "sequences":
         return module(x, groups.Groups(groups.sort_tokens(mask, grid, module.window), None))
-    return module(x, groups.Groups(None, pair_mask(mask, grid, module.window)))
+    return module(x, groups.Groups(None, groups.pair_mask(mask, grid, module.window)))
 
 
 @functools.cache

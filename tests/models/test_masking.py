@@ -3,6 +3,7 @@
 import torch
 
 from mixmim_ds.models import masking
+from mixmim_ds.models.groups import pair_mask
 
 MASK = torch.tensor([[True, False], [False, False]])
 
@@ -26,7 +27,7 @@ def test_split_shows_each_image_its_own_tokens_only() -> None:
 
 
 def test_pairs_of_a_window_attend_within_their_image() -> None:
-    same = masking.pair_mask(MASK, grid=(4, 4), window=(2, 4))
+    same = pair_mask(MASK, grid=(4, 4), window=(2, 4))
     assert same.shape == (2, 8, 8)
     source = [True, True, False, False] * 2
     assert same[0].tolist() == [[a == b for b in source] for a in source]
