@@ -62,7 +62,7 @@ class LabelledLoader:
         self.seed, self.share, self.device, self.pool = config.train.seed, share, device, pool
         data, size = config.data, config.model.img_size
         self.labels = train.labels.to(device)
-        self.normalise = Normalise(data, device)
+        self.normalise = Normalise(data.mean, data.std, device)
         self.augment = BatchAugment(config.augment, len(train.classes), device)
         plan = plan_of(config, train.images.sizes, (1, 1), 0.5)  # its mask is not used
         self.dali = DaliLoader(train.images, plan, share, data, size, device, data.threads or cores, _cut)

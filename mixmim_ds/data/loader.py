@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -112,7 +112,7 @@ def open_loader(
         plan = plan_of(config, sizes, (grid, grid), model.mask_ratio)
         return SyntheticLoader(plan, share, data, model.img_size, device)
     plan = plan_of(config, index.sizes, (grid, grid), model.mask_ratio)
-    normalise = Normalise(data, device)
+    normalise = Normalise(data.mean, data.std, device)
 
     def finish(pixels: Tensor, batch: MicroBatchPlan, step: int, k: int) -> MicroBatch:
         mask = torch.from_numpy(batch.mask).to(device, non_blocking=True)
@@ -150,9 +150,9 @@ class Normalise:
     Its constants lie on the device: making them for each batch would make the host wait for the GPU.
     """
 
-    def __init__(self, data: DataConfig, device: torch.device) -> None:
-        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (data.mean, data.std))
-        self.scale, self.shift = ((1 / (255 * std)).float().to(device), (-mean / std).float().to(device))
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        center, width = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (mean, std))
+        self.scale, self.shift = (1 / (255 * width)).float().to(device), (-center / width).float().to(device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return pixels.float().mul_(self.scale).add_(self.shift)
@@ -256,7 +256,7 @@ class SyntheticLoader:
         generator = torch.Generator(device).manual_seed(plan.seed)
         shape = (plan.micro_batch, 3, img_size, img_size)
         pixels = torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
-        self.images = Normalise(data, device)(pixels)
+        self.images = Normalise(data.mean, data.std, device)(pixels)
         self.bad: dict[int, str] = {}
 
     def batches(self, start: int) -> Iterator[MicroBatch]:

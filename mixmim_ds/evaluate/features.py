@@ -13,7 +13,6 @@ from timm.data import resolve_data_config
 from torch import Tensor
 from tqdm import tqdm
 
-from mixmim_ds.config import DataConfig
 from mixmim_ds.data.labelled import Labelled, central_batches
 from mixmim_ds.data.loader import Normalise
 from mixmim_ds.export.weights import read_weights
@@ -85,7 +84,7 @@ def load_encoder(source: str, seed: int, head: bool = False) -> MixMIMTransforme
 def normalise_of(encoder: MixMIMTransformer, device: torch.device) -> Normalise:
     """By the mean and deviation that the encoder was trained with."""
     options = resolve_data_config(encoder.pretrained_cfg)
-    return Normalise(DataConfig(root="-", mean=list(options["mean"]), std=list(options["std"])), device)
+    return Normalise(options["mean"], options["std"], device)
 
 
 @torch.no_grad()

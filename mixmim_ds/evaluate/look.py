@@ -66,7 +66,7 @@ def read_images(files: list[Path], size: int) -> Tensor:
 
 def as_the_model_takes_them(pretrained: Pretrained, pixels: Tensor) -> Tensor:
     """uint8 [N, 3, S, S] -> float32, normalised."""
-    return normalize(pixels.float() / 255, pretrained.data.mean, pretrained.data.std)
+    return normalize(pixels.float() / 255, pretrained.mean, pretrained.std)
 
 
 @torch.inference_mode()
@@ -86,7 +86,7 @@ def draw_pairs(pretrained: Pretrained, images: Tensor, rows: int, seed: int) -> 
         pair = images[[2 * k, (2 * k + 1) % len(images)]]
         mask = torch.from_numpy(mask_at(seed, 0, k, model.grid, options.mask_ratio))
         _, prediction = model(pair, mask)
-        drawn.append(draw(pair, mask, prediction, options.norm_pix_loss, pretrained.data))
+        drawn.append(draw(pair, mask, prediction, options.norm_pix_loss, pretrained.mean, pretrained.std))
     return drawn
 
 

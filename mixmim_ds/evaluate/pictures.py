@@ -1,16 +1,17 @@
 """What the model sees and says, drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mixmim_ds.config import DataConfig
 from mixmim_ds.models import masking
 from mixmim_ds.models.mixmim import normalise, patchify, unpatchify
 
 COLUMNS = "original A | original B | mixed input | mask (white = B) | A reconstructed | B reconstructed"
 GAP = 4  # pixels between two pictures
+ROWS = 4  # of pictures, at most
 ACROSS = 8  # training images in a row
 
 
@@ -23,17 +24,17 @@ class Picture:
     caption: str
 
 
-def draw_batch(images: Tensor, data: DataConfig, rows: int = 4) -> Tensor:
+def draw_batch(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The first images of a batch, as the model takes them: float [B, 3, H, W] -> uint8 [3, ...] on the CPU."""
-    pixels = _pixels(images, data).cpu()
+    pixels = _pixels(images, mean, std).cpu()
     across = min(ACROSS, len(pixels))
-    shown = pixels[: min(rows, len(pixels) // across) * across]
+    shown = pixels[: min(ROWS, len(pixels) // across) * across]
     return _grid(shown.reshape(-1, across, *shown.shape[1:]))
 
 
 @torch.no_grad()
 def draw(
-    images: Tensor, mask: Tensor, prediction: Tensor, norm_pix_loss: bool, data: DataConfig, rows: int = 4
+    images: Tensor, mask: Tensor, prediction: Tensor, norm_pix_loss: bool, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
     """The originals, their mix, the mask and both reconstructions: one row per mixed image, in the order of COLUMNS.
 
@@ -48,25 +49,25 @@ def draw(
     Returns:
         uint8 [3, rows * (H + GAP) - GAP, 6 * (W + GAP) - GAP] on the CPU.
     """
-    rows = min(rows, len(images) // 2)
+    rows = min(ROWS, len(images) // 2)
     cells = prediction.float()
     if norm_pix_loss:
-        _, mean, deviation = normalise(patchify(images.float()))
-        cells = cells * deviation + mean
+        _, center, deviation = normalise(patchify(images.float()))
+        cells = cells * deviation + center
     predicted = unpatchify(cells, (mask.shape[0], mask.shape[1]))
     a, b = images[:rows], images.flip(0)[:rows]
     predicted_a, predicted_b = predicted[:rows], predicted.flip(0)[:rows]
     from_b = masking.upsample(mask, *images.shape[-2:])
     shown = [a, b, b.where(from_b, a), None, predicted_a.where(from_b, a), b.where(from_b, predicted_b)]
     white = from_b.to(torch.uint8).mul(255).expand_as(a)
-    columns = [white if picture is None else _pixels(picture, data) for picture in shown]
+    columns = [white if picture is None else _pixels(picture, mean, std) for picture in shown]
     return _grid(torch.stack(columns, dim=1).cpu())
 
 
-def _pixels(images: Tensor, data: DataConfig) -> Tensor:
+def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The inverse of the data's normalisation: uint8 [B, 3, H, W]."""
-    mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (data.mean, data.std))
-    return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    shift, scale = (torch.tensor(v, device=images.device)[:, None, None] for v in (mean, std))
+    return ((images.float() * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _grid(pictures: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from mixmim_ds.config import DataConfig, ModelConfig
+from mixmim_ds.config import ModelConfig
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.export.to_timm import DECODER_FILE, MODEL_NOTE, WEIGHTS_FILE
 from mixmim_ds.export.weights import read_weights
@@ -22,7 +22,8 @@ class Pretrained:
 
     model: MixMIM  # fp32, on the CPU, in evaluation mode
     options: ModelConfig
-    data: DataConfig  # mean and std of its pixels; the rest says nothing
+    mean: list[float]  # of the pixels that it takes, a channel each
+    std: list[float]
 
 
 def load_pretrained(source: Path) -> Pretrained:
@@ -45,8 +46,7 @@ def load_pretrained(source: Path) -> Pretrained:
     config = ModelConfig(**options)
     model = build_model(config)
     model.load_state_dict(state)
-    mean, std = list(normalisation["mean"]), list(normalisation["std"])
-    return Pretrained(model.eval(), config, DataConfig(root="-", mean=mean, std=std))
+    return Pretrained(model.eval(), config, list(normalisation["mean"]), list(normalisation["std"]))
 
 
 def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,5 +61,5 @@ def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read ({error}); {remedy}") from error
     if MODEL_NOTE not in notes:
-        raise ValueError(f"{path} does not say what model it is of, as older exports do not; {remedy}")
+        raise ValueError(f"{path} does not say what model it is of; {remedy}")
     return json.loads(notes[MODEL_NOTE]), {ENCODER + name: tensor for name, tensor in encoder.items()} | decoder

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import timm
-from safetensors.torch import load_file
 from timm.models._manipulate import reinit_non_persistent_buffers
 
-from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.export.official import save_official
+from mixmim_ds.export.pretrained import load_pretrained
 from mixmim_ds.export.to_timm import DECODER_FILE
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import MixMIM, MixMIMTransformer
@@ -34,14 +33,8 @@ def _trained(source: Path) -> MixMIM | MixMIMTransformer:
 
 
 def _exported(folder: Path) -> MixMIM | MixMIMTransformer:
-    """The encoder, or with a decoder file the whole model (its heads leave no trace in the weights)."""
+    """The encoder, or the whole model where its decoder was exported, too."""
+    if (folder / DECODER_FILE).is_file():
+        return load_pretrained(folder).model
     encoder: MixMIMTransformer = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    if not (folder / DECODER_FILE).is_file():
-        return encoder
-    decoder = load_file(folder / DECODER_FILE)
-    depth = len({name.split(".")[1] for name in decoder if name.startswith("decoder_blocks.")})
-    model = MixMIM(
-        encoder.pretrained_cfg["architecture"], encoder.patch_embed.img_size, decoder["mask_token"].shape[-1], depth, 1
-    )
-    model.load_state_dict(decoder | {ENCODER + name: tensor for name, tensor in encoder.state_dict().items()})
-    return model
+    return encoder

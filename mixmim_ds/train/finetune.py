@@ -111,7 +111,8 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
     judge = Judge(config.eval_every * loader.plan.steps_per_epoch, _scores_of(config, world, val), best_by="top1")
 
     def picture(batch: LabelledBatch, logits: Tensor) -> Picture:
-        return Picture("augmented", draw_batch(batch.images, config.data), "training images as the model takes them")
+        pixels = draw_batch(batch.images, config.data.mean, config.data.std)
+        return Picture("augmented", pixels, "training images as the model takes them")
 
     return Task(
         config, options.encoder, model, loader, train.images, picture, train.classes, scale_of,
@@ -147,7 +148,7 @@ def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[
     """Judges a checkpoint by the weights that an export of it would hold, in a model beside the engine's."""
     options = config.model
     model = Classifier(options.encoder, options.img_size, len(val.classes)).to(world.device).eval()
-    normalise = Normalise(config.data, world.device)
+    normalise = Normalise(config.data.mean, config.data.std, world.device)
 
     def judge(path: Path) -> dict[str, float]:
         saved = read_saved(path)

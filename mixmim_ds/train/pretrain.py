@@ -36,7 +36,8 @@ def _prepare(config: PretrainConfig, world: World) -> Task:
     loader = open_loader(config, index, share, world.device, share_of_cores())
 
     def picture(batch: MicroBatch, prediction: Tensor) -> Picture:
-        pixels = draw(batch.images, batch.mask, prediction, config.model.norm_pix_loss, config.data)
+        data = config.data
+        pixels = draw(batch.images, batch.mask, prediction, config.model.norm_pix_loss, data.mean, data.std)
         return Picture("reconstructions", pixels, COLUMNS)
 
     judge = None

@@ -43,7 +43,7 @@ def test_images_without_labels_are_one_sentence(tmp_path: Path) -> None:
 def test_ranks_share_out_the_same_batches(labelled: Path, tmp_path: Path, size: int) -> None:
     """73 images in batches of 16: five, of which the last has nine."""
     data = LabelledDataConfig(root=str(labelled), index_dir=str(tmp_path))
-    images, normalise = open_labelled(data)[1].images, Normalise(data, torch.device("cpu"))
+    images, normalise = open_labelled(data)[1].images, Normalise(data.mean, data.std, torch.device("cpu"))
     alone = list(central_batches(images, 32, normalise, torch.device("cpu"), 1, 16))
     assert [rows.tolist() for _, rows in alone] == [list(range(k, min(k + 16, 73))) for k in range(0, 73, 16)]
     for rank in range(size):

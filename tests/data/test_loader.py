@@ -67,7 +67,7 @@ def test_normalisation_is_torchvisions() -> None:
     data = DataConfig()
     pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     expected = (pixels.double() / 255 - torch.tensor(data.mean)[:, None, None]) / torch.tensor(data.std)[:, None, None]
-    torch.testing.assert_close(Normalise(data, CPU)(pixels).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(Normalise(data.mean, data.std, CPU)(pixels).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_synthetic_images_need_no_data_and_follow_the_masks_of_the_plan() -> None:

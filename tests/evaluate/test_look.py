@@ -24,7 +24,7 @@ SIDE = 64
 def untrained() -> Pretrained:
     options = ModelConfig("mixmim_tiny", SIDE, decoder_dim=64, decoder_depth=1, decoder_num_heads=2)
     torch.manual_seed(0)
-    return Pretrained(build_model(options).eval(), options, DataConfig(root="-"))
+    return Pretrained(build_model(options).eval(), options, DataConfig().mean, DataConfig().std)
 
 
 def files_of(photographs: Path, count: int) -> list[Path]:
