@@ -36,9 +36,11 @@ cluster:
 
 test: setup cluster
 	$(PYTEST)
+	$(if $(DRIVER),$(BIN)/python -m pytest -m gpu)
 
 test-all: setup cluster
 	$(PYTEST) -m ""
+	$(if $(DRIVER),$(BIN)/python -m pytest -m gpu)
 
 # The CPU table of BENCHMARKS.md, sized for under ten minutes on two idle cores; each command's own output is in bench/.
 BENCH := $(BIN)/python launch/benchmark.py
@@ -64,10 +66,10 @@ bench-gpu: setup
 	$(BENCH) train model=base $(FAST) train.micro_batch=512 $(IMAGES) > bench/gpu_images.log
 	$(BENCH) train model=large $(FAST) train.micro_batch=256 > bench/gpu_large.log
 	$(BENCH) train model=huge $(FAST) train.micro_batch=128 > bench/gpu_huge.log
-	$(BENCH) train model=base activation_checkpointing=selective --find-micro-batch --against reference > bench/gpu_largest.log
 	$(BENCH) attention model=base precision=bf16 train.micro_batch=128 --repeats 15 > bench/gpu_attention.log
 	$(BENCH) loader $(IMAGES) train.micro_batch=128 > bench/gpu_loader.log
 	$(BENCH) checkpoint model=base > bench/gpu_checkpoint.log
+	$(BENCH) train model=base activation_checkpointing=selective --find-micro-batch --against reference > bench/gpu_largest.log
 	@grep -hE '^\| (command|---) ' bench/gpu_base.log
 	@grep -h '^| `python ' bench/gpu_*.log
 

@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 
 from mixmim_ds.benchmark.report import print_report
-from mixmim_ds.train.distributed import RunFailed, rank_before_connecting, tell
+from mixmim_ds.train.distributed import RunFailed, end, rank_before_connecting, tell
 
 # Each is a module of mixmim_ds/benchmark with add_options(parser) and measure(arguments) -> Measured.
 SUBCOMMANDS = {
@@ -42,7 +42,7 @@ def main() -> int:
             raise ValueError("--repeats must be at least 1 and --warmup at least 0.")
         measured = module.measure(arguments)
     except (ValueError, RunFailed) as error:
-        return tell(error)
+        return end(tell(error))
     if rank_before_connecting() == 0:
         print_report(arguments.subcommand, measured)
     return 0

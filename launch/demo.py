@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mixmim_ds  # noqa: F401  registers the encoder that timm loads below
+from mixmim_ds.device import on_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -30,7 +31,7 @@ def call(*command: str) -> None:
     print("$", *(Path(command[0]).name, *command[1:]), flush=True)
     # The launcher looks for its own tools on PATH, as in an activated environment.
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    if not torch.cuda.is_available():
+    if not on_gpu():
         environment["DS_ACCELERATOR"] = "cpu"  # said outright, DeepSpeed does not warn of finding none
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if code:
@@ -39,7 +40,7 @@ def call(*command: str) -> None:
 
 def train(photographs: Path, run_dir: Path) -> None:
     """Pretrains on the photographs; goes on where an interrupted demo stopped."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if on_gpu() else 0
     processes = gpus or 2
     batch = 8 * max(processes, 2)
     call(

@@ -23,6 +23,8 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from mixmim_ds.device import on_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SEEDS = (0, 1, 2)
@@ -122,7 +124,7 @@ def follow(job: Job, log: Path, bar: "tqdm[NoReturn]", end: float) -> int:
     """Runs a job and moves the bar up to `end` (minutes) meanwhile; returns the exit code."""
     # The launcher looks for its own tools on PATH, as in an activated environment.
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    if not torch.cuda.is_available():
+    if not on_gpu():
         environment["DS_ACCELERATOR"] = "cpu"
     with log.open("a") as file:
         process = subprocess.Popen(job.words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)

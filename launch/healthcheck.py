@@ -12,7 +12,7 @@ from collections.abc import Callable
 from mixmim_ds.compose import load_config, load_finetune_config
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.finetune_config import FinetuneConfig
-from mixmim_ds.train.distributed import RunFailed, tell
+from mixmim_ds.train.distributed import RunFailed, end, tell
 
 LOADERS: dict[str, Callable[[list[str]], PretrainConfig | FinetuneConfig]] = {
     "pretrain": load_config,
@@ -36,7 +36,7 @@ def main() -> int:
 
         healthcheck(config, arguments.wait)
     except (ValueError, RunFailed) as error:
-        return tell(error)
+        return end(tell(error))
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
+from mixmim_ds.device import on_gpu
 from mixmim_ds.finetune_config import LabelledDataConfig
 
 
@@ -29,7 +30,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     view.check(encoder)
     if arguments.img_size is not None:
         encoder.set_input_size(arguments.img_size)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", 0) if on_gpu() else torch.device("cpu")
     known, asked = (extract(encoder, view, part, device, share_of_cores(), arguments.batch) for part in (train, val))
     linear, penalty = accuracy_of_classifier(known, asked)
     return {

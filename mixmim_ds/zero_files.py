@@ -49,7 +49,7 @@ class Saved:
     """The state of a run, by the parameters' names."""
 
     masters: dict[str, Scattered]  # fp32 parameters
-    moments: dict[str, dict[str, Scattered]]  # Adam's, "exp_avg" and "exp_avg_sq", and perhaps AVERAGE
+    moments: dict[str, dict[str, Scattered]]  # Adam's and perhaps AVERAGE, by key; none before the first update
     updates: int  # that Adam has counted
     buffers: dict[str, Scattered]
     loss_scaler: DynamicLossScaler | None  # of fp16: the scale, and how many steps ago it changed
@@ -68,12 +68,13 @@ def read_saved(folder: Path) -> Saved:
         vectors = [rank["fp32_flat_groups" if by_tensor else "single_partition_of_fp32_groups"] for rank in ranks]
         adam = [rank["optimizer_state_dict" if by_tensor else "base_optimizer_state"]["state"] for rank in ranks]
         cut = _cut_by_tensor if by_tensor else _cut_by_group
+        first = adam[0].get(0, {})  # of the first vector; there is none before the first update
         shapes, gaps = state["param_shapes"], ranks[0].get("param_alignment_paddings")
         masters = cut(vectors, shapes, gaps)
         moments = {
             key: cut([[group[key] for _, group in sorted(groups.items())] for groups in adam], shapes, gaps)
             for key in (*MOMENTS, AVERAGE)
-            if key in adam[0][0]
+            if key in first
         }
         buffers = {name: state["module"][name] for name in state["buffer_names"]}
         scaler = ranks[0].get("loss_scaler")
@@ -81,7 +82,7 @@ def read_saved(folder: Path) -> Saved:
         raise ValueError(f"{folder} cannot be read as a checkpoint of DeepSpeed's: {error}.") from error
     scattered = {name: Scattered([buffer.flatten()], buffer.shape) for name, buffer in buffers.items()}
     dynamic = scaler if isinstance(scaler, DynamicLossScaler) else None
-    return Saved(masters, moments, int(adam[0][0]["step"]), scattered, dynamic)
+    return Saved(masters, moments, int(first.get("step", 0)), scattered, dynamic)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -15,6 +15,12 @@ from filelock import FileLock
 from launching import ROOT, Shared, run, tasks
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """But for `-m gpu`, a GPU is left alone: two processes would want two, and what is forked could not use it."""
+    if config.option.markexpr != "gpu" and Path("/dev/nvidiactl").exists():
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Jobs of SLURM wait most of their time: they come first, so that other tests run meanwhile."""
     items.sort(key=lambda item: "slurm" not in item.keywords)

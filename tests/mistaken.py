@@ -1,9 +1,14 @@
 """launch/pretrain.py, whose rank 1 alone meets a ValueError: as it looks for the images, if MISTAKEN says so, which is
-a mistake of the user's, or in training, which is none."""
+a mistake of the user's, or in training, which is none.
+
+Taking down the groups waits for ever, as it does under NCCL while another rank is stuck; here that is imitated."""
 
 import os
 import sys
+import threading
 from typing import Any
+
+import torch.distributed
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.train import loop, pretrain
@@ -20,4 +25,5 @@ def fail(*arguments: Any, **options: Any) -> Any:
 
 
 setattr(MODULE, NAME, fail)
+torch.distributed.destroy_process_group = threading.Event().wait
 sys.exit(command(None, load_config, pretrain.pretrain))

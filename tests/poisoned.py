@@ -1,5 +1,9 @@
-"""launch/pretrain.py, whose rank 1 meets an infinite pixel in step 3: no file holds one, a broken GPU may make one."""
+"""launch/pretrain.py, whose rank 1 meets an infinite pixel in step POISONED (or else 3).
 
+No file holds one, a broken GPU may make one.
+"""
+
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +13,7 @@ from mixmim_ds.data.loader import Loader, MicroBatch
 from mixmim_ds.train import pretrain
 from mixmim_ds.train.command import command
 
+POISONED = int(os.environ.get("POISONED", 3)) - 1
 open_loader = pretrain.open_loader
 
 
@@ -18,7 +23,7 @@ def open_poisoned(*arguments: Any) -> Loader:
 
     def poisoned(start: int) -> Iterator[MicroBatch]:
         for turn, batch in enumerate(batches(start), start * loader.share.accumulation):
-            if loader.share.rank == 1 and loader.share.place(turn)[0] == 2:
+            if loader.share.rank == 1 and loader.share.place(turn)[0] == POISONED:
                 batch.images[0, 0, 0, 0] = float("inf")
             yield batch
 

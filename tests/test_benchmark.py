@@ -205,7 +205,7 @@ def test_the_largest_micro_batch_of_a_gpu() -> None:
     size = largest_micro_batch(config, step)
     assert 0.9 < step(with_micro_batch(config, size)) <= 1
     with pytest.raises(torch.OutOfMemoryError):
-        step(with_micro_batch(config, size + size // 20))
+        step(with_micro_batch(config, size + size // 40 * 2))
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from mixmim_ds.benchmark.plain import PlainBlock
 from mixmim_ds.benchmark.report import Measured
 from mixmim_ds.benchmark.timing import Marks, in_turn
 from mixmim_ds.data.plan import mask_at
+from mixmim_ds.device import on_gpu
 from mixmim_ds.models import build_model
 from mixmim_ds.models.attention import WindowAttention
 from mixmim_ds.models.grids import CELL
@@ -54,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         ValueError: the options do not go together.
     """
     config = run_options(arguments.words, {"data": "synthetic", "train.micro_batch": 4})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu() else "cpu")
     torch.manual_seed(config.train.seed)
     encoder = build_model(config.model).encoder.to(device, DTYPES[config.precision])
     size = config.model.img_size // CELL

@@ -18,7 +18,7 @@ from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.models import build_model
 from mixmim_ds.train import checkpoint
-from mixmim_ds.train.distributed import World, connect, disconnect, on_first_rank, share_of_cores
+from mixmim_ds.train.distributed import World, connected, on_first_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation, build_engine
 from mixmim_ds.train.loop import resume
 
@@ -36,14 +36,11 @@ def measure(arguments: argparse.Namespace) -> Measured:
     config = run_options(arguments.words, {"data": "synthetic", "train.micro_batch": 2})
     if config.data.kind != "synthetic":
         raise ValueError("checkpoint needs no images; leave data.root out.")
-    world = connect(config.train.start_timeout_s)
-    try:
+    with connected(config.train.start_timeout_s) as world:
         with ExitStack() as stack:
             folder = on_first_rank(world, lambda: stack.enter_context(scratch(arguments.words)))
             numbers = _time(arguments, replace(config, run_dir=folder), world)
         return Measured(_said(numbers), numbers)
-    finally:
-        disconnect()
 
 
 def _time(arguments: argparse.Namespace, config: PretrainConfig, world: World) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mixmim_ds.benchmark.timing import in_turn, medians, spread
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.data.shards import Images
-from mixmim_ds.train.distributed import World, connect, disconnect, share_of_cores
+from mixmim_ds.train.distributed import World, connected, share_of_cores
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.pretrain import find_images
 
@@ -73,8 +73,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
     threads = thread_numbers(arguments.threads)
     if arguments.batches < 1:
         raise ValueError("--batches must be at least 1.")
-    world = connect(config.train.start_timeout_s)
-    try:
+    with connected(config.train.start_timeout_s) as world:
         index = find_images(config.data, world)
         if index is None:
             raise ValueError("loader measures real images; give data.root=DIR instead of data=synthetic.")
@@ -89,8 +88,6 @@ def measure(arguments: argparse.Namespace) -> Measured:
             "by_threads": {str(number): _rates(number, kept) for number, kept in rows.items()}
         }
         return Measured(_said(numbers), numbers)
-    finally:
-        disconnect()
 
 
 def thread_numbers(given: str | None) -> list[int]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mixmim_ds.device import on_gpu
+
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 COLUMNS = ("command", "measured", "hardware", "versions", "date")
 
@@ -39,7 +41,7 @@ def memory_of_machine() -> str:
 
 def hardware() -> str:
     """The GPU that is used, if there is one, and the host."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    gpu = torch.cuda.get_device_name() if on_gpu() else "no GPU"
     return f"{processor()}, {memory_of_machine()}, {gpu}"
 
 

@@ -21,7 +21,7 @@ from mixmim_ds.benchmark.timing import in_turn, medians, spread
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.models import MixMIM, build_model
-from mixmim_ds.train.distributed import RunFailed, World, connect, disconnect, share_of_cores
+from mixmim_ds.train.distributed import RunFailed, World, connected, end, share_of_cores
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.metrics import memory_gib, peak_flops
 from mixmim_ds.train.pretrain import find_images
@@ -70,8 +70,7 @@ def measure(arguments: argparse.Namespace) -> Measured:
         ValueError: the options do not go together.
     """
     config = run_options(arguments.words, {"data": "synthetic"})
-    world = connect(config.train.start_timeout_s)
-    try:
+    with connected(config.train.start_timeout_s) as world:
         _check(arguments, config, world)
         builds: dict[str, Build] = BUILDS if arguments.against else {"ours": engine}
         largest = {}
@@ -83,8 +82,6 @@ def measure(arguments: argparse.Namespace) -> Measured:
         numbers, tables = _time(arguments, config, world, builds)
         numbers["largest_micro_batch"] = largest
         return Measured(_said(numbers), numbers, tables)
-    finally:
-        disconnect()
 
 
 def _check(arguments: argparse.Namespace, config: PretrainConfig, world: World) -> None:
@@ -139,16 +136,17 @@ def attempt(builds: list[Build], config: PretrainConfig) -> float:
 
 def _attempt(builds: list[Build], config: PretrainConfig, told: Connection) -> None:
     os.environ.pop("RANK", None)  # it is no rank of its parent's run
-    world = connect(config.train.start_timeout_s)
     try:
-        batches = micro_batches(config, world)
-        for side in [build(config, world) for build in builds]:
-            time_steps(side, batches, 1, 2, world.device)
-        told.send(torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(world.device).total_memory)
-    except torch.OutOfMemoryError:
-        sys.exit(OUT_OF_MEMORY)
-    finally:
-        disconnect()
+        with connected(config.train.start_timeout_s) as world:
+            batches = micro_batches(config, world)
+            for side in [build(config, world) for build in builds]:
+                time_steps(side, batches, 1, 2, world.device)
+            told.send(torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(world.device).total_memory)
+    except RuntimeError as error:
+        # PyTorch's own error, or that of a library which finds no room beside PyTorch's pool.
+        if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):
+            raise
+        sys.exit(end(OUT_OF_MEMORY))
 
 
 def _time(

@@ -1,6 +1,7 @@
 """The command line of a run."""
 
 import argparse
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TypeVar
@@ -8,7 +9,7 @@ from typing import TypeVar
 from omegaconf import OmegaConf
 
 from mixmim_ds.config import RunConfig
-from mixmim_ds.train.distributed import RunFailed, tell
+from mixmim_ds.train.distributed import RunFailed, end, tell
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -40,4 +41,7 @@ def command(words: str | None, load: Callable[[list[str]], C], story: Callable[[
             return 0
         return story(config)
     except (ValueError, RunFailed) as error:
-        return tell(error)
+        return end(tell(error))
+    except Exception:
+        traceback.print_exc()
+        return end(1)

@@ -4,7 +4,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
+from mixmim_ds.device import on_gpu
 from mixmim_ds.libc import die_with_parent, keep_memory
 from mixmim_ds.train.slurm import adopt, node
 
@@ -95,22 +97,22 @@ def connect(timeout_s: int) -> World:
         # A launcher that is killed would leave its ranks behind, training on unseen: they stop, saved, instead.
         die_with_parent(signal.SIGTERM)
     local_rank = int(os.environ["LOCAL_RANK"])
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and local_rank >= torch.cuda.device_count():
+    gpu = on_gpu()
+    if gpu and local_rank >= torch.cuda.device_count():
         # The other ranks wait for this one and its like: the first of them tells.
         kind = RankMistaken if local_rank == torch.cuda.device_count() else ValueError
         raise kind(
             f"more processes were started on {node()} than its {torch.cuda.device_count()} GPUs; "
             "start one per GPU (deepspeed --num_gpus N, srun --ntasks-per-node=N)."
         )
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(share_of_cores())
         keep_memory()
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device if on_gpu else None)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=device if gpu else None)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
 
@@ -132,10 +134,39 @@ def shorten_timeout(timeout_s: int) -> None:
         set_timeout(timedelta(seconds=timeout_s), group)
 
 
+@contextmanager
+def connected(timeout_s: int) -> Iterator[World]:
+    """`connect`, and parting when all is done; after an error the process is still connected, and `end` is to end it.
+
+    Raises:
+        ValueError: as `connect`.
+    """
+    yield connect(timeout_s)
+    disconnect()
+
+
 def disconnect() -> None:
     """Parts; without it a process that is done can end with an error code."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()  # forgets its own groups, too, which another engine would take up
+    else:
         dist.destroy_process_group()
+
+
+def end(code: int) -> int:
+    """The exit code, for a process that parted from the others; one that did not is ended here.
+
+    What takes down groups, the interpreter's own end too, waits for the other ranks, and under NCCL for as long as a
+    collective may take: the launcher would learn of the failure much later.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def on_first_rank(world: World, function: Callable[[], Any]) -> Any:

@@ -27,7 +27,8 @@ HYDRA_OWNED = {
     "gradient_clipping": "optim.clip_grad", "optimizer": "optim", "scheduler": "optim",
     "bf16": "precision", "fp16": "precision", "torch_autocast": "precision", "amp": "precision",
     "data_types": "precision", "activation_checkpointing": "activation_checkpointing", "compile": "compile",
-    "steps_per_print": "train.log_every", "tensorboard": "train.log_every", "checkpoint": "train.save_every",
+    "steps_per_print": "train.log_every", "timers": "train.log_every", "tensorboard": "train.log_every",
+    "checkpoint": "train.save_every",
 }  # fmt: skip
 
 
@@ -85,6 +86,8 @@ def engine_config(config: RunConfig, processes: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_grad or 0.0,
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31 - 1,
+        # It would wait for the GPU before every forward pass and after every step; the loop measures by itself.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.precision != "fp32":
         joined[config.precision] = {"enabled": True}

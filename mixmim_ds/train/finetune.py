@@ -23,8 +23,7 @@ from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, MixMIMTransformer
 from mixmim_ds.train.distributed import (
     World,
-    connect,
-    disconnect,
+    connected,
     made_once,
     on_every_rank,
     on_first_rank,
@@ -64,8 +63,7 @@ def evaluate(config: FinetuneConfig) -> int:
     Raises:
         ValueError: it has no classifier, or not one for the classes of the data.
     """
-    world = connect(config.train.start_timeout_s)
-    try:
+    with connected(config.train.start_timeout_s) as world:
         train, val = find_labelled(config, world)
         encoder = made_once(world, lambda: load_encoder(config.init, config.train.seed, head=True))
         names = encoder.pretrained_cfg.get("label_names")  # of foreign files none
@@ -77,9 +75,7 @@ def evaluate(config: FinetuneConfig) -> int:
         found = _score(config, world, val, encoder.to(world.device).eval(), normalise_of(encoder, world.device))
         if world.first:
             print(json.dumps({"init": config.init} | found))
-        return 0
-    finally:
-        disconnect()
+    return 0
 
 
 def find_labelled(config: FinetuneConfig, world: World) -> tuple[Labelled, Labelled]:

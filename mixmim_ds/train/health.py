@@ -21,17 +21,10 @@ from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.data.loader import plan_of
 from mixmim_ds.data.shards import Images, open_images
+from mixmim_ds.device import on_gpu
 from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, build_model
-from mixmim_ds.train.distributed import (
-    RankFailed,
-    RunFailed,
-    World,
-    connect,
-    disconnect,
-    gather,
-    rank_before_connecting,
-)
+from mixmim_ds.train.distributed import RankFailed, RunFailed, World, connected, gather, rank_before_connecting
 from mixmim_ds.train.engine import Trained, engine_config
 from mixmim_ds.train.run_folder import check_run_folder
 from mixmim_ds.train.slurm import PORTS, node, nodes
@@ -153,7 +146,7 @@ def look(config: Config) -> Finding:
 
 
 def _gpu(config: Config) -> str:
-    if not torch.cuda.is_available():
+    if not on_gpu():
         given = int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
         if given and os.environ.get("DS_ACCELERATOR") != "cpu":
             raise ValueError(f"PyTorch finds none of the {given} GPUs that SLURM gave (nvidia-smi tells more)")
@@ -244,10 +237,15 @@ def _judge(findings: list[Finding]) -> str:
 
 def _meet(wait_s: int) -> None:
     """Clocks and interconnect, with all ranks together."""
-    world = connect(wait_s)
-    try:
-        _compare_clocks(world)
-        seconds = _time_all_reduce(world)
+    with connected(wait_s) as world:
+        try:
+            _compare_clocks(world)
+            seconds = _time_all_reduce(world)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise RankFailed(
+                f"the interconnect does not answer: an all-reduce failed on {node()} ({reason})."
+            ) from error
         if world.first and world.size > 1:
             moved = 2 * (world.size - 1) / world.size * PAYLOAD
             print(
@@ -255,11 +253,6 @@ def _meet(wait_s: int) -> None:
                 f"{seconds * 1e3:.1f} ms, {moved / seconds / 1e9:.2f} GB/s a rank",
                 flush=True,
             )
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise RankFailed(f"the interconnect does not answer: an all-reduce failed on {node()} ({reason}).") from error
-    finally:
-        disconnect()
 
 
 def _compare_clocks(world: World) -> None:

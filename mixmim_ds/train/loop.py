@@ -26,8 +26,7 @@ from mixmim_ds.train.distributed import (
     RankFailed,
     StopRequest,
     World,
-    connect,
-    disconnect,
+    connected,
     is_peer_lost,
     mean_over_ranks,
     on_every_rank,
@@ -97,8 +96,18 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
     # Nothing of what was imported is garbage, and to look through it takes 0.3 s: ten times as DeepSpeed starts, and
     # whenever the loop collects.
     gc.freeze()
-    world = connect(config.train.start_timeout_s)
-    stop = StopRequest(world)
+    with connected(config.train.start_timeout_s) as world:
+        stop = StopRequest(world)
+        try:
+            code = _whole_run(prepare, world, stop)
+        finally:
+            stop.close()
+    gc.unfreeze()  # or nanobind, in Triton, tells of leaks when the interpreter ends
+    return code
+
+
+def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest) -> int:
+    """With errors as `conduct` raises them."""
     try:
         run = _begin(prepare(world), world)
         _catch_up(run)
@@ -120,10 +129,6 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
         raise RankFailed(
             f"rank {world.rank} waited in vain for another one, which has died or hangs ({reason})."
         ) from error
-    finally:
-        stop.close()
-        disconnect()
-        gc.unfreeze()  # or nanobind, in Triton, tells of leaks when the interpreter ends
 
 
 def _begin(task: Task, world: World) -> Run:

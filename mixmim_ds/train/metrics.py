@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mixmim_ds.device import on_gpu
 from mixmim_ds.evaluate.pictures import Picture
 from mixmim_ds.json_lines import JsonLines
 from mixmim_ds.train.board import Board
@@ -25,7 +26,7 @@ PEAK_FLOPS = {
 
 def peak_flops(precision: str) -> float | None:
     """The most that this GPU can do per second in the precision; None rather than that of one with a similar name."""
-    if precision == "fp32" or not torch.cuda.is_available():
+    if precision == "fp32" or not on_gpu():
         return None
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
     return PEAK_FLOPS.get("A100" if re.match("A100[ -]", name) else name)  # which say their memory and form, too
@@ -33,7 +34,7 @@ def peak_flops(precision: str) -> float | None:
 
 def memory_gib() -> float:
     """The most memory held so far: of the GPU by PyTorch, or of the process where there is no GPU."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

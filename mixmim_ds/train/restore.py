@@ -35,7 +35,8 @@ def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
 
     DeepSpeed's own loader would also bring back lr, weight decay, betas and clipping and so override the options.
     """
-    _create_states(engine, saved)
+    if saved.moments:
+        _create_states(engine, saved)
     for name, parameter in engine.module.named_parameters():
         _set(parameter, saved.masters[name].contiguous(), None)
         for key, tensors in saved.moments.items():

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import newest_complete, write_whole
 from mixmim_ds.config import ROOT, RunConfig, flatten, identity
+from mixmim_ds.device import on_gpu
 from mixmim_ds.train.distributed import World, gather, on_first_rank
 from mixmim_ds.train.engine import engine_config
 from mixmim_ds.version import __version__
@@ -165,7 +166,7 @@ def _write_files(folder: Path, options: dict[str, Any], joined: dict[str, Any], 
 def _environment(hosts: list[str]) -> dict[str, Any]:
     """What this start of the run ran on."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    device = torch.cuda.get_device_name() if on_gpu() else platform.processor() or "cpu"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,

@@ -2,15 +2,19 @@
 
 import json
 import math
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import ROOT, OptimConfig, PretrainConfig
-from mixmim_ds.models import MixMIM
-from mixmim_ds.train.engine import accumulation, engine_config, zero_stage
+from mixmim_ds.data.loader import Share, open_loader
+from mixmim_ds.models import MixMIM, build_model
+from mixmim_ds.train.distributed import connected
+from mixmim_ds.train.engine import accumulation, build_engine, engine_config, zero_stage
 from mixmim_ds.train.optim import Schedule, parameter_groups
 
 
@@ -50,6 +54,26 @@ def test_a_file_that_sets_what_it_does_not_own_is_refused(content: str, sentence
     path.write_text(content)
     with pytest.raises(ValueError, match=sentence):
         engine_config(config_with(f"ds={path}"), 1)
+
+
+@pytest.mark.parametrize("ds", ["zero1", "zero2"])
+def test_the_engine_waits_for_the_device_in_its_updates_alone(
+    ds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where DeepSpeed waits for a GPU; the CPU has nothing to wait for."""
+    words = ["model=tiny", "data=synthetic", "train.global_batch=8", "train.micro_batch=4", f"ds={ds}"]
+    config = load_config([f"run_dir={tmp_path}", *words])
+    with connected(60) as world:
+        engine = build_engine(config, build_model(config.model), world)
+        batches = open_loader(config, None, Share(0, 1, 2), world.device, cores=1).batches(0)
+        waits: list[str] = []
+        monkeypatch.setattr(get_accelerator(), "synchronize", lambda *of: waits.extend(traceback.format_stack()[-2:-1]))
+        for _ in range(4):  # from its third step on it would measure its own throughput
+            for _ in range(2):
+                engine.backward(engine(*next(batches).inputs)[0])
+                engine.step()
+        assert not waits, "".join(waits)
+        engine.destroy()
 
 
 def test_decay_leaves_out_biases_and_norms_and_nothing_else() -> None:

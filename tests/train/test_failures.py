@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import rows, tasks
+from launching import numbers, rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
+from mixmim_ds.train import distributed
 from mixmim_ds.train.distributed import connect, tell
 from mixmim_ds.zero_files import Scattered, read_saved
 
@@ -51,6 +52,23 @@ def test_a_poisoned_batch_ends_the_run_or_is_left_out(
     assert read_saved(folder / "checkpoints" / "step_00000005").updates == 4
 
 
+@pytest.mark.parametrize(("ds", "precision"), [("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "fp32")])
+def test_a_run_goes_on_from_before_its_first_update(
+    ds: str, precision: str, small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When Adam has no state yet: the first step was left out, as fp16's often are."""
+    monkeypatch.setenv("POISONED", "1")
+    options = [*small_run, f"ds={ds}", f"precision={precision}", "train.max_bad_steps=1"]
+    for name, ends in (("straight", [3]), ("broken", [1, 3])):
+        for steps in ends:
+            words = [*options, f"run_dir={tmp_path / name}", f"train.max_steps={steps}"]
+            printed = tasks(*words, script="tests/poisoned.py")
+    assert "going on from" in printed
+    straight, broken = numbers(tmp_path / "straight"), numbers(tmp_path / "broken")
+    assert [row[0] for row in broken] == [1, 2, 3] and broken[1:] == straight[1:]
+    assert read_saved(tmp_path / "broken" / "checkpoints" / "step_00000001").updates == 0
+
+
 def test_what_is_not_finite_is_not_saved(small_run: list[str], tmp_path: Path) -> None:
     """A learning rate that makes the weights infinite in a step whose loss and gradient are finite."""
     folder = tmp_path / "run"
@@ -80,7 +98,7 @@ def test_a_mistake_that_one_rank_sees_is_told_once(
 
 def test_a_rank_without_a_gpu_says_so_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Where there are 4 GPUs; here they are made up."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for rank in (4, 5):
         monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("LOCAL_RANK", str(rank))

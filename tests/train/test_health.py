@@ -52,7 +52,7 @@ def test_two_checkpoints_must_fit(config: PretrainConfig, monkeypatch: pytest.Mo
 
 
 def test_gpus_that_slurm_gave_must_be_there(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(health, "on_gpu", lambda: False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     assert look(marked(config)).faults == ["PyTorch finds none of the 8 GPUs that SLURM gave (nvidia-smi tells more)"]

@@ -24,7 +24,7 @@ from mixmim_ds.train.distributed import World
     ],
 )
 def test_a_gpu_has_its_own_peak_or_none(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(metrics, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert metrics.peak_flops("bf16") == metrics.peak_flops("fp16") == peak
     assert metrics.peak_flops("fp32") is None, "its peak is another one"
