@@ -76,9 +76,15 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]  # size in bytes and sha256 of each, by the path inside the folder
 
     def altered(self, first: int = 0, stride: int = 1) -> list[str]:
-        """Those files whose bytes are not what was written, among files number `first`, first + stride, ..."""
-        names = sorted(self.files)[first::stride]
-        return [name for name in names if sha256(self.path / name) != self.files[name][1]]
+        """Those files whose bytes are not what was written, or cannot be read, among files number `first`, first +
+        stride, ..."""
+        return [name for name in sorted(self.files)[first::stride] if not self._is_whole(name)]
+
+    def _is_whole(self, name: str) -> bool:
+        try:
+            return sha256(self.path / name) == self.files[name][1]
+        except OSError:
+            return False
 
     def complaint(self, altered: list[str]) -> str:
         """The sentence about files that `altered` found."""
@@ -98,8 +104,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no complete checkpoint: {MARKER} is missing or unreadable.") from error
     for name, (size, _) in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
+        try:
+            there = (path / name).stat().st_size
+        except OSError:
+            there = None
+        if there != size:
             raise ValueError(f"{path} is damaged: {name} is missing or not of {size} bytes.")
     return found
 
@@ -127,5 +136,7 @@ def newest_complete(run_dir: Path) -> Checkpoint | None:
         try:
             return read_whole_checkpoint(path)
         except ValueError as error:
+            if not path.exists():  # a run at work has removed it meanwhile, and has a newer one
+                return newest_complete(run_dir)
             log.warning("%s It is passed over.", error)
     return None

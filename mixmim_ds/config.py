@@ -215,7 +215,7 @@ def even(train: TrainConfig, reason: str) -> None:
 # may move: its fingerprint is compared instead of its path.
 FREE = {
     "run_dir", "resume", "ds", "compile", "activation_checkpointing",
-    "probe.data", "probe.every", "init", "eval_every", "eval_only", "data.val", "augment.workers",
+    "probe.data", "probe.every", "eval_every", "eval_only", "data.val", "augment.workers",
     "data.root", "data.index_dir", "data.threads", "data.prefetch", "data.max_bad_share",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
     "train.picture_every", "train.max_failed_saves", "train.max_bad_steps",

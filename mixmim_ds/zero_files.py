@@ -54,6 +54,16 @@ class Saved:
     buffers: dict[str, Scattered]
     loss_scaler: DynamicLossScaler | None  # of fp16: the scale, and how many steps ago it changed
 
+    @property
+    def weights(self) -> dict[str, Scattered]:
+        """Masters and buffers, which are the model's state_dict."""
+        return self.masters | self.buffers
+
+    @property
+    def averaged(self) -> dict[str, Scattered]:
+        """As `weights`, with the average of the masters in their place if there is one."""
+        return self.moments.get(AVERAGE, self.masters) | self.buffers
+
 
 def read_saved(folder: Path) -> Saved:
     """The state in a checkpoint folder of any ZeRO stage and number of processes; a tensor is read when asked for.

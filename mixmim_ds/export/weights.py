@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from mixmim_ds.checkpoints import BEST, Checkpoint, newest_complete, read_whole_checkpoint
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.models import Classifier, MixMIM, build_model
-from mixmim_ds.zero_files import AVERAGE, Scattered, read_saved
+from mixmim_ds.zero_files import Scattered, read_saved
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ def read_weights(source: Path) -> Weights:
     config = _read_config(run_dir)
     with torch.device("meta"):
         model = _build(config)
-    saved = read_saved(checkpoint.path)
-    tensors = saved.moments.get(AVERAGE, saved.masters) | saved.buffers
+    tensors = read_saved(checkpoint.path).averaged
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -76,7 +75,7 @@ def _find(source: Path) -> Checkpoint:
     if not (source / "checkpoints").is_dir():
         return read_whole_checkpoint(source.resolve())
     best = source.resolve() / "checkpoints" / BEST
-    if best.is_file():
+    if best.is_file() and (best.parent / best.read_text()).is_dir():  # it is not where damage set it aside
         return read_whole_checkpoint(best.parent / best.read_text())
     newest = newest_complete(source.resolve())
     if newest is None:

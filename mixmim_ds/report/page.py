@@ -32,16 +32,18 @@ EVALUATIONS = (
     Curve("loss", "loss, validation", lambda v: f"{v:.4g}", from_zero=False),
 )
 KINDS = {
-    " img/step | ": "start", "going on from ": "went on", "starting anew ": "went on", "done after ": "finished",
-    "stopped after ": "stopped", " cannot be saved ": "save failed", "broken images are replaced": "broken images",
-    " is not finite ": "bad step", " is set aside ": "damaged", " cannot be written ": "disk",
+    "error: ": "failed", " img/step | ": "start", "going on from ": "went on", "starting anew ": "went on",
+    "done after ": "finished", "stopped after ": "stopped", " cannot be saved ": "save failed",
+    "broken images are replaced": "broken images", " is not finite ": "bad step", " is set aside ": "damaged",
+    " cannot be written ": "disk",
 }  # fmt: skip
-WARNINGS = {"save failed", "broken images", "bad step", "damaged", "disk"}
+WARNINGS = {"save failed", "broken images", "bad step", "damaged", "disk", "failed"}
 STATES = {
     "finished": "has done all its steps",
     "stopped": "stopped on request with everything saved; the same command goes on",
     "running": "is at work",
-    "ended": "ended without a word: killed, or failed with the reason in its console; the same command goes on",
+    "failed": "failed; the last line of what happened says why",
+    "ended": "ended without a word: killed, most likely; the same command goes on",
 }
 
 

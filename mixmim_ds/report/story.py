@@ -34,7 +34,7 @@ class Story:
     bad_images: list[Row]
     bad_steps: list[Row]
     checkpoints: list[tuple[str, str]]  # name, and its size or what is wrong with it
-    state: str  # finished, stopped, running, ended
+    state: str  # finished, stopped, failed, running, ended
 
     @property
     def step(self) -> int:
@@ -115,6 +115,8 @@ def _state(run_dir: Path, events: list[tuple[str, str]]) -> str:
             return "finished"
         if words.startswith("stopped after step"):
             return "stopped"
+        if words.startswith("error: "):
+            return "failed"
         if " img/step | " in words:  # what every start says first
             break
     return "running" if _is_locked(run_dir / "lock") else "ended"

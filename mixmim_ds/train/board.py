@@ -52,6 +52,10 @@ class Board:
         self._tell(lambda writer: writer.add_image(picture.name, picture.pixels, step))
         self._tell(lambda writer: writer.add_text(f"{picture.name}/columns", picture.caption, step))
 
+    def flush(self) -> None:
+        """Writes out what is buffered."""
+        self._tell(SummaryWriter.flush)
+
     def close(self, finished: bool) -> None:
         """Writes out what is buffered; `finished`: the run has come to its end and will not go on."""
         if finished:

@@ -56,7 +56,7 @@ class Saver:
         began, train = time.perf_counter(), self.config.train
         try:
             self._write(step)
-        except ValueError as error:
+        except (ValueError, RunFailed) as error:
             self._give_up(step)
             self.failures += 1
             said = f"the checkpoint of step {step} cannot be saved ({error}); the newest is that of step {self.newest}"
@@ -152,15 +152,16 @@ def _complete(unfinished: Path, path: Path, step: int, files: dict[str, list[Any
 
 
 def _prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    complete = sorted(path.parent for path in folder.glob(f"step_????????/{MARKER}"))
-    best = folder / BEST
-    spared = best.read_text() if best.exists() else ""
-    for path in complete[:-keep_last]:
-        if path.name != spared and (not keep_every or int(path.name.removeprefix("step_")) % keep_every):
-            try:
+    """Removes what the keep rules let go; what a disk refuses is left for the next time."""
+    try:
+        complete = sorted(path.parent for path in folder.glob(f"step_????????/{MARKER}"))
+        best = folder / BEST
+        spared = best.read_text() if best.exists() else ""
+        for path in complete[:-keep_last]:
+            if path.name != spared and (not keep_every or int(path.name.removeprefix("step_")) % keep_every):
                 _remove(path)
-            except OSError as error:
-                log.warning("%s cannot be removed (%s)", path, error.strerror)
+    except OSError as error:
+        log.warning("older checkpoints cannot be removed from %s (%s)", folder, error.strerror)
 
 
 def _remove(path: Path) -> None:

@@ -170,16 +170,14 @@ def end(code: int) -> int:
 
 
 def on_first_rank(world: World, function: Callable[[], Any]) -> Any:
-    """Calls `function` on rank 0 alone; every rank gets its result, or the ValueError that it raised."""
+    """Calls `function` on rank 0 alone; every rank gets its result, or the ValueError that it raised, or RunFailed for
+    an OSError: disks may come back, so that is no mistake."""
     answer: list[Any] = [None, None]
     if world.first:
-        try:
-            answer[0] = function()
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
+        answer = list(_tried(function))
     dist.broadcast_object_list(answer, src=0, group=world.control)
     if answer[1] is not None:
-        raise AgreedMistake(answer[1])
+        raise answer[1]
     return answer[0]
 
 
@@ -193,16 +191,21 @@ def made_once(world: World, function: Callable[[], T]) -> T:
 
 
 def on_every_rank(world: World, function: Callable[[], Any]) -> list[Any]:
-    """Calls `function` on every rank; every rank gets all results, or the first ValueError that was raised."""
-    answer, complaint = None, None
-    try:
-        answer = function()
-    except (ValueError, OSError) as error:
-        complaint = str(error)
-    answers, complaints = zip(*gather(world, (answer, complaint)), strict=True)
-    for text in filter(None, complaints):
-        raise AgreedMistake(text)
+    """Calls `function` on every rank; every rank gets all results, or the first error, as of `on_first_rank`."""
+    answers, errors = zip(*gather(world, _tried(function)), strict=True)
+    for error in filter(None, errors):
+        raise error
     return list(answers)
+
+
+def _tried(function: Callable[[], T]) -> tuple[T | None, AgreedMistake | RunFailed | None]:
+    """What a function gives, or the error that all ranks are to raise."""
+    try:
+        return function(), None
+    except ValueError as error:
+        return None, AgreedMistake(str(error))
+    except OSError as error:
+        return None, RunFailed(str(error))
 
 
 def gather(world: World, value: Any) -> list[Any]:

@@ -34,7 +34,7 @@ from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.optim import layer_scale
 from mixmim_ds.train.restore import load_weights
-from mixmim_ds.zero_files import AVERAGE, read_saved
+from mixmim_ds.zero_files import read_saved
 
 EXPORT = "timm"  # folder in the run folder
 RANDOM = "random"
@@ -96,12 +96,10 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
     torch.manual_seed(config.train.seed)
     options = config.model
     model = Classifier(options.encoder, options.img_size, len(train.classes), options.drop_path)
-    if config.init != RANDOM and not on_first_rank(world, lambda: bool(steps_of(Path(config.run_dir)))):
-        known = on_every_rank(world, lambda: load_init(model, config, train.classes))[0]
-        if world.first:
-            print(
-                f"the classifier is {'that of' if known else 'new, the encoder that of'} init={config.init}", flush=True
-            )
+    begin = None if config.init == RANDOM else partial(_begin_with_init, model, config, train.classes, world)
+    if begin and not on_first_rank(world, lambda: bool(steps_of(Path(config.run_dir)))):
+        begin()  # here already, for a mistake must not leave a run folder behind
+        begin = None
     loader = LabelledLoader(config, train, share, world.device, share_of_cores(), pool)
     scale_of = partial(layer_scale, depths=model.depths, decay=config.optim.layer_decay)
     judge = Judge(config.eval_every * loader.plan.steps_per_epoch, _scores_of(config, world, val), best_by="top1")
@@ -112,8 +110,14 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
 
     return Task(
         config, options.encoder, model, loader, train.images, picture, train.classes, scale_of,
-        config.optim.ema_decay, judge,
+        config.optim.ema_decay, judge, begin,
     )  # fmt: skip
+
+
+def _begin_with_init(model: Classifier, config: FinetuneConfig, classes: list[str], world: World) -> None:
+    known = on_every_rank(world, lambda: load_init(model, config, classes))[0]
+    if world.first:
+        print(f"the classifier is {'that of' if known else 'new, the encoder that of'} init={config.init}", flush=True)
 
 
 def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> bool:
@@ -147,8 +151,7 @@ def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[
     normalise = Normalise(config.data.mean, config.data.std, world.device)
 
     def judge(path: Path) -> dict[str, float]:
-        saved = read_saved(path)
-        load_weights(model, saved.moments.get(AVERAGE, saved.masters))
+        load_weights(model, read_saved(path).averaged)
         return _score(config, world, val, model.encoder, normalise)
 
     return judge

@@ -37,8 +37,8 @@ from mixmim_ds.train.engine import Trained, accumulation, build_engine, set_lr
 from mixmim_ds.train.failures import BadSteps
 from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import ScaleOf, Schedule, all_alike
-from mixmim_ds.train.restore import average_weights, load_weights, restore
-from mixmim_ds.train.run_folder import earlier_weights, open_run_folder
+from mixmim_ds.train.restore import average_weights, load_weights, restore, set_masters
+from mixmim_ds.train.run_folder import earlier_weights, log_failure, open_run_folder
 from mixmim_ds.zero_files import read_saved
 
 log = logging.getLogger("mixmim_ds")
@@ -67,6 +67,7 @@ class Task:
     scale_of: ScaleOf = all_alike
     ema_decay: float | None = None
     judge: Judge | None = None
+    begin: Callable[[], None] | None = None  # gives the model its first weights, unless the run goes on
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
         stop = StopRequest(world)
         try:
             code = _whole_run(prepare, world, stop)
+        except Exception as error:
+            log_failure(error)
+            raise
         finally:
             stop.close()
     gc.unfreeze()  # or nanobind, in Triton, tells of leaks when the interpreter ends
@@ -136,7 +140,7 @@ def _begin(task: Task, world: World) -> Run:
     turns, fingerprint = accumulation(config, world.size), "synthetic" if task.index is None else task.index.fingerprint
     weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
     if weights:
-        on_every_rank(world, lambda: load_weights(task.model, read_saved(weights).masters))
+        on_every_rank(world, lambda: load_weights(task.model, read_saved(weights).weights))
     lock = open_run_folder(config, world, fingerprint, task.classes)
     plan = task.loader.plan
     schedule = Schedule(config.optim, train.global_batch, plan.steps_per_epoch, train.epochs)
@@ -155,7 +159,7 @@ def _begin(task: Task, world: World) -> Run:
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = task.model.flops_per_image()  # before ZeRO-3 takes the weights apart
-    start, engine = resume(config, task.model, world, task.scale_of)
+    start, engine = resume(config, task.model, world, task.scale_of, task.begin)
     if weights:
         log.info("starting anew from the weights of %s", weights)
     metrics = Metrics(Path(config.run_dir), world, start, last, train.global_batch, flops, config.precision)
@@ -165,14 +169,27 @@ def _begin(task: Task, world: World) -> Run:
 
 
 def resume(
-    config: RunConfig, model: Trained, world: World, scale_of: ScaleOf = all_alike
+    config: RunConfig,
+    model: Trained,
+    world: World,
+    scale_of: ScaleOf = all_alike,
+    begin: Callable[[], None] | None = None,
 ) -> tuple[int, DeepSpeedEngine]:
-    """The engine, in the state of the run folder's newest whole checkpoint if it has one, and the steps done."""
+    """The steps done and the engine, in the state of the run folder's newest whole checkpoint if it has one.
+
+    Args:
+        begin: called where there is none, to give the model its first weights.
+    """
     found = checkpoint.find(config, world)
     if found is None:
-        return 0, build_engine(config, model, world, scale_of)
+        if begin:
+            begin()
+        exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        engine = build_engine(config, model, world, scale_of)
+        set_masters(engine, exact)
+        return 0, engine
     saved = read_saved(found.path)
-    on_every_rank(world, lambda: load_weights(model, saved.masters))
+    on_every_rank(world, lambda: load_weights(model, saved.weights))
     engine = build_engine(config, model, world, scale_of)
     restore(engine, saved, found.step)
     log.info("going on from %s", found.path)
@@ -229,7 +246,8 @@ def _train(run: Run, stop: StopRequest) -> int:
     stop.settle()
     run.metrics.close()
     log.info("%s after step %s; run folder: %s", "done" if step == run.last else "stopped", step, task.config.run_dir)
-    return 0 if step == run.last else EXIT_REQUEUE
+    judged = not (stopping and judging)  # or the next start does it
+    return 0 if step == run.last and judged else EXIT_REQUEUE
 
 
 def _epoch(run: Run, step: int) -> float:
@@ -253,7 +271,8 @@ def _judge(run: Run, step: int) -> None:
     run.metrics.scores(step, _epoch(run, step), scores, time.perf_counter() - began)
     by = judge.best_by
     if by is not None and run.world.first:
-        run.saver.spare(max(run.metrics.evaluated, key=lambda row: row[by])["step"])
+        there = [row for row in run.metrics.evaluated if run.saver.path_of(row["step"]).is_dir()]
+        run.saver.spare(max(there, key=lambda row: row[by])["step"])
 
 
 def _catch_up(run: Run) -> None:

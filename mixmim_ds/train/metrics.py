@@ -84,9 +84,12 @@ class Metrics:
         self.since, self.began, self.waited = step, time.perf_counter(), waited
 
     def saved(self, seconds: float) -> None:
-        """Takes the time that saving took out of what is measured, to report it by itself."""
+        """Takes the time that saving took out of what is measured, to report it by itself; and TensorBoard gets what a
+        resumed run will not tell again."""
         self.began += seconds
         self.save_time_s += seconds
+        if self.world.first:
+            self.board.flush()
 
     def report(
         self, step: int, epoch: float, loss: float, lr: float, grad_norm: Any, waited: float, bad_images: int

@@ -17,17 +17,24 @@ from mixmim_ds.zero_files import AVERAGE, Saved, Scattered
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Scattered]) -> None:
-    """Gives a plain model saved masters, before the engine rounds them to its working precision as it always does.
+    """Gives a plain model saved masters and buffers, before the engine rounds them to its working precision as it
+    always does.
 
     Raises:
         ValueError: they are another model's.
     """
-    named = dict(model.named_parameters())
-    if {name: p.shape for name, p in named.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
+    own = model.state_dict()
+    if {name: value.shape for name, value in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ValueError("the checkpoint holds another model than model.encoder and its options say.")
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors[name].contiguous())
+    for name, value in own.items():
+        value.copy_(tensors[name].contiguous())
+
+
+def set_masters(engine: DeepSpeedEngine, masters: Mapping[str, Scattered | Tensor]) -> None:
+    """Gives a new engine exact fp32 masters; it makes its own from weights that it has rounded, and under ZeRO-3 with
+    whatever the memory held in the padding between them, which would not be finite now and then."""
+    for name, parameter in engine.module.named_parameters():
+        _set(parameter, masters[name].contiguous(), None)
 
 
 def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
@@ -37,8 +44,8 @@ def restore(engine: DeepSpeedEngine, saved: Saved, step: int) -> None:
     """
     if saved.moments:
         _create_states(engine, saved)
+    set_masters(engine, saved.masters)
     for name, parameter in engine.module.named_parameters():
-        _set(parameter, saved.masters[name].contiguous(), None)
         for key, tensors in saved.moments.items():
             _set(parameter, tensors[name].contiguous(), key)
     if saved.loss_scaler is not None:

@@ -1,5 +1,6 @@
 """The run folder: whose it is, and the files that say what ran there."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -16,14 +17,17 @@ from typing import IO, Any
 import torch
 from omegaconf import OmegaConf
 
-from mixmim_ds.checkpoints import newest_complete, write_whole
+from mixmim_ds.checkpoints import newest_complete, steps_of, write_whole
 from mixmim_ds.config import ROOT, RunConfig, flatten, identity
 from mixmim_ds.device import on_gpu
-from mixmim_ds.train.distributed import World, gather, on_first_rank
+from mixmim_ds.json_lines import read_rows
+from mixmim_ds.train.distributed import RunFailed, World, gather, on_first_rank
 from mixmim_ds.train.engine import engine_config
 from mixmim_ds.version import __version__
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "hydra-core", "numpy", "tensorboard")
+CONFIG = "config.yaml"
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # as of Lustre mounted without flock
 log = logging.getLogger("mixmim_ds")
 
 
@@ -36,6 +40,12 @@ def check_run_folder(config: RunConfig, fingerprint: str) -> None:
     difference = difference_to(config, fingerprint)
     if difference:
         name, held, wanted = difference
+        if name == "data.fingerprint":
+            raise ValueError(
+                f"run_dir={config.run_dir} holds a run on other images than those of data.root={config.data.root}, or "
+                "these have changed since; give those that it began with, choose another run_dir, or start anew from "
+                "its weights with resume=weights."
+            )
         raise ValueError(
             f"run_dir={config.run_dir} holds a run with {name}={held}, not {wanted}; give it that value to continue "
             "the run, choose another run_dir, or start anew from its weights with resume=weights."
@@ -44,13 +54,18 @@ def check_run_folder(config: RunConfig, fingerprint: str) -> None:
 
 def difference_to(config: RunConfig, fingerprint: str) -> tuple[str, Any, Any] | None:
     """The first option that decides what is computed and is another in the run that the folder holds: its name, the
-    value there and the value here. ValueError if run_dir is a file."""
+    value there and the value here. A run that has neither a checkpoint nor reported a step holds nothing.
+
+    Raises:
+        ValueError: run_dir is a file.
+    """
     folder = Path(config.run_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run_dir={folder} is a file; choose another run_dir.")
-    if not (folder / "config.yaml").exists():
+    begun = steps_of(folder) or read_rows(folder / "metrics.jsonl")
+    if not begun or not (folder / CONFIG).exists():
         return None
-    held: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    held: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     # An option that is younger than the run had its default there.
     defaults: Any = OmegaConf.to_container(OmegaConf.structured(type(config)))
     before, now = flatten(defaults) | flatten(held), identity(config) | {"data.fingerprint": fingerprint}
@@ -66,15 +81,15 @@ def earlier_weights(config: RunConfig, fingerprint: str) -> Path | None:
     if config.resume != "weights":
         return None
     folder = Path(config.run_dir)
-    if difference_to(config, fingerprint):
+    aside = _set_asides(folder)
+    if difference_to(config, fingerprint) and not _half_aside(folder):
         source = folder
     elif newest_complete(folder):
         return None
-    else:
-        aside = _set_asides(folder)
-        if not aside:
-            raise ValueError(f"resume=weights has no effect: run_dir={folder} holds no earlier run; take it out.")
+    elif aside:
         source = aside[-1]
+    else:
+        raise ValueError(f"resume=weights has no effect: run_dir={folder} holds no earlier run; take it out.")
     newest = newest_complete(source)
     if newest is None:
         raise ValueError(f"resume=weights: {source} holds no complete checkpoint; choose another run_dir.")
@@ -86,12 +101,19 @@ def _set_asides(folder: Path) -> list[Path]:
     return sorted(folder.glob("earlier_*"), key=lambda path: int(path.name.removeprefix("earlier_")))
 
 
+def _half_aside(folder: Path) -> Path | None:
+    """Where a run was moving another one to when it was killed: checkpoints go first, what says whose they are last."""
+    newest = next(reversed(_set_asides(folder)), None)
+    return newest if newest and not (newest / CONFIG).exists() and not steps_of(folder) else None
+
+
 def _set_aside(folder: Path) -> None:
-    """Moves the run in a folder into a folder of its own there."""
+    """Moves the run in a folder into a folder of its own there, or the rest of it where that was interrupted."""
     aside = _set_asides(folder)
-    place = folder / f"earlier_{len(aside) + 1}"
-    place.mkdir()
-    for entry in set(folder.iterdir()) - {*aside, place, folder / "lock"}:
+    place = _half_aside(folder) or folder / f"earlier_{len(aside) + 1}"
+    place.mkdir(exist_ok=True)
+    entries = set(folder.iterdir()) - {*aside, place, folder / "lock"}
+    for entry in sorted(entries, key=lambda entry: (entry.name == CONFIG, entry.name != "checkpoints")):
         entry.rename(place / entry.name)
 
 
@@ -127,7 +149,7 @@ def _take(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-        if config.resume == "weights" and difference_to(config, fingerprint):
+        if config.resume == "weights" and (difference_to(config, fingerprint) or _half_aside(folder)):
             _set_aside(folder)
         check_run_folder(config, fingerprint)  # the run that had the lock until now may have been the first here
         options = asdict(config)
@@ -149,6 +171,10 @@ def _lock(folder: Path) -> IO[str]:
         raise ValueError(
             f"run_dir={folder} is in use by {file.read().strip()}; stop that run or choose another run_dir."
         ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("run_dir=%s is on a disk without locks (%s): keep other runs out of it", folder, error.strerror)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
@@ -156,7 +182,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _write_files(folder: Path, options: dict[str, Any], joined: dict[str, Any], hosts: list[str]) -> None:
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(options)))
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(options)))
     write_whole(folder / "ds_config.json", json.dumps(joined, indent=2))
     path = folder / "environment.json"
     starts = json.loads(path.read_text()) if path.exists() else []
@@ -183,6 +209,15 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """A traceback for every line would bury what the console still shows."""
+
+
+def log_failure(error: Exception) -> None:
+    """Writes why a run ends to its train.log, if that is open, and not to the console, where it is told last."""
+    traceback = None if isinstance(error, (ValueError, RunFailed)) else (type(error), error, error.__traceback__)
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "error: %s", (error,), traceback)
+    for handler in log.handlers:
+        if isinstance(handler, _LogFile):
+            handler.handle(record)
 
 
 def _open_log(path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_folder_of_another_run_stays_as_it_is(options: list[str], tmp_path: Pa
     for change, sentence in (
         ("train.seed=1", "run_dir={} holds a run with train.seed=0, not 1"),
         ("train.global_batch=32", "run_dir={} holds a run with train.global_batch=16, not 32"),
-        (f"data.root={other_images(tmp_path)}", "run_dir={} holds a run with data.fingerprint="),
+        (f"data.root={other_images(tmp_path)}", "run_dir={} holds a run on other images than those of data.root="),
     ):
         assert sentence.format(folder) in last_line_of([*options, change])
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -1,6 +1,8 @@
 """Steps that are not finite: found at once, told, left out, and never saved."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from launching import numbers, rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
+from mixmim_ds.report.story import read_story
 from mixmim_ds.train import distributed
-from mixmim_ds.train.distributed import connect, tell
+from mixmim_ds.train.distributed import RunFailed, connect, connected, on_every_rank, on_first_rank, tell
 from mixmim_ds.zero_files import Scattered, read_saved
 
 pytestmark = pytest.mark.slow
@@ -32,7 +35,9 @@ def test_a_poisoned_batch_ends_the_run_or_is_left_out(
     ]  # fmt: skip
     printed = tasks(*options, script="tests/poisoned.py", code=1)
     report = folder / "failures" / "step_00000003.json"
-    assert f"error: the loss of rank 1 is not finite at step 3, which was left out; see {report}" in printed
+    reason = f"error: the loss of rank 1 is not finite at step 3, which was left out; see {report}"
+    assert reason in printed and reason in (folder / "train.log").read_text().splitlines()[-1]
+    assert read_story(folder).state == "failed"
     told = json.loads(report.read_text())
     assert (told["step"], told["newest_checkpoint"], told["ranks_not_finite"]) == (3, 2, [1])
     names = [name for rank in told["ranks"] for batch in rank["images"] for name in batch]
@@ -94,6 +99,18 @@ def test_a_mistake_that_one_rank_sees_is_told_once(
     printed = tasks(*small_run, f"run_dir={tmp_path / 'run'}", script="tests/mistaken.py", code=2)
     assert [line for line in printed.splitlines() if "error:" in line] == ["error: this rank alone knows"]
     assert "Traceback" not in printed
+
+
+def test_a_disk_that_fails_is_no_mistake() -> None:
+    """A job of SLURM is queued again after it, and not after a mistake."""
+
+    def fail() -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with connected(60) as world:
+        for call in (on_first_rank, on_every_rank):
+            with pytest.raises(RunFailed, match="Stale file handle"):
+                call(world, fail)
 
 
 def test_a_rank_without_a_gpu_says_so_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import timm
 import torch
 from launching import Shared, rows, tasks
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 
@@ -20,6 +21,7 @@ from mixmim_ds.compose import load_finetune_config
 from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.data.labelled_loader import LabelledLoader
 from mixmim_ds.data.loader import Share
+from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import Classifier
 from mixmim_ds.train.finetune import load_init
 from mixmim_ds.train.optim import Schedule, layer_scale
@@ -64,6 +66,72 @@ def test_a_run_stopped_in_mid_epoch_goes_on_to_the_last_digit(
     steps, judged = told(tmp_path)
     assert steps == told(straight)[0] and len(steps) == STEPS
     assert [row for row in judged if row["step"] != 4] == told(straight)[1]
+
+
+@pytest.fixture(scope="module")
+def larger(straight: Path, options: list[str]) -> list[str]:
+    """A run on larger images than those of `init`: its tables are interpolated, which a new model's are not."""
+    given = [option for option in options if not option.startswith(("init=", "model.img_size="))]
+    return [*given, f"init={straight / 'timm'}", "model.img_size=96", "optim.ema_decay=null", *PLAIN]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_judged_with_the_tables_that_init_gave_it(larger: list[str], tmp_path: Path) -> None:
+    for name, ends in (("whole", [3]), ("broken", [2, 3])):
+        for steps in ends:
+            tasks(*larger, f"run_dir={tmp_path / name}", f"train.max_steps={steps}", processes=1, script=SCRIPT)
+    assert told(tmp_path / "broken")[0] == told(tmp_path / "whole")[0]
+    judged = told(tmp_path / "whole")[1][-1]
+    asked = [*larger[:4], f"init={tmp_path / 'whole'}", "train.micro_batch=16", "eval_only=true"]
+    printed = tasks(*asked, processes=1, script=SCRIPT)
+    found = json.loads(printed.splitlines()[-1])
+    assert {name: found[name] for name in ("top1", "loss")} == {name: judged[name] for name in ("top1", "loss")}
+
+
+@pytest.mark.slow
+def test_a_run_whose_only_checkpoint_is_damaged_begins_with_init_again(larger: list[str], tmp_path: Path) -> None:
+    words = [*larger, f"run_dir={tmp_path}", "train.max_steps=1"]
+    tasks(*words, processes=1, script=SCRIPT)
+    (first,), _ = told(tmp_path)
+    file = next((tmp_path / "checkpoints").glob("step_*/*optim_states.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert "is set aside" in tasks(*words, processes=1, script=SCRIPT)
+    assert told(tmp_path)[0] == [first]
+
+
+@pytest.mark.slow
+def test_half_precision_begins_with_the_exact_weights(straight: Path, larger: list[str], tmp_path: Path) -> None:
+    words = ["precision=bf16", "model.img_size=64", "optim.base_lr=1e-30", "train.max_steps=1"]
+    tasks(*larger, *words, f"run_dir={tmp_path}", processes=1, script=SCRIPT)
+    masters = read_saved(tmp_path / "checkpoints" / "step_00000001").masters
+    for name, tensor in load_file(straight / "timm" / "model.safetensors").items():
+        if "pos_embed" not in name:  # a buffer
+            assert torch.equal(masters[f"encoder.{name}"].contiguous(), tensor), name
+
+
+@pytest.mark.slow
+def test_a_stop_after_the_last_step_leaves_its_judging_to_the_next_start(
+    straight: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASKED", str(STEPS))
+    tasks(*options, f"run_dir={tmp_path}", script="tests/asked.py", code=85)
+    assert len(told(tmp_path)[1]) == len(told(straight)[1]) - 1 and not (tmp_path / "timm").exists()
+    tasks(*options, f"run_dir={tmp_path}", script=SCRIPT)
+    assert told(tmp_path) == told(straight) and (tmp_path / "timm" / "config.json").exists()
+
+
+def test_a_run_goes_on_with_its_own_init_alone(straight: Path, options: list[str]) -> None:
+    printed = tasks(*options, f"init={straight}", f"run_dir={straight}", processes=1, code=2, script=SCRIPT)
+    assert f"run_dir={straight} holds a run with init=random, not {straight}" in printed.splitlines()[-1]
+
+
+def test_a_run_whose_best_is_gone_is_exported_as_it_is(straight: Path, tmp_path: Path) -> None:
+    """Damage, say, has set it aside."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    (folder / "checkpoints" / "best").write_text("step_00000001")
+    assert f"step_{STEPS:08d}" in read_weights(folder).checkpoint.path.name
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixmim_ds.train import metrics
 from mixmim_ds.train.distributed import World
@@ -40,6 +41,9 @@ def test_rates_are_of_all_processes_and_mfu_is_of_one(tmp_path: Path, monkeypatc
     now[0] = 105.0
     told.saved(1.0)
     told.report(10, 0.5, loss=0.25, lr=1e-3, grad_norm=None, waited=0.4, bad_images=0)
+    told.saved(1.0)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [10], "what comes before a checkpoint is not told again"
     told.close()
     (row,) = rows(tmp_path)
     assert (row["images_per_s"], row["images_per_s_per_gpu"], row["step_time_s"]) == (64, 32, 1)

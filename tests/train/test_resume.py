@@ -1,6 +1,8 @@
 """Going on: on other numbers of processes, under other ZeRO stages, and after a checkpoint was damaged."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from launching import numbers, tasks
 
+from mixmim_ds import checkpoints
 from mixmim_ds.checkpoints import newest_complete
 from mixmim_ds.zero_files import MOMENTS, Saved, read_saved
 
@@ -77,24 +80,24 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
     options = [*small_run, f"run_dir={folder}", "train.save_every=1", "train.keep_last=5"]
     tasks(*options, "train.max_steps=5")
     expected = numbers(folder)
-    checkpoints = folder / "checkpoints"
-    altered = next((checkpoints / "step_00000005").glob("*model_states.pt"))
+    saved = folder / "checkpoints"
+    altered = next((saved / "step_00000005").glob("*model_states.pt"))
     content = bytearray(altered.read_bytes())
     content[len(content) // 2] ^= 1
     altered.write_bytes(content)
-    next((checkpoints / "step_00000004").glob("*rank_1*optim_states.pt")).unlink()
-    (checkpoints / "step_00000003" / "COMPLETE.json").write_text("")
-    (checkpoints / "latest").write_text("step_00000099")
+    next((saved / "step_00000004").glob("*rank_1*optim_states.pt")).unlink()
+    (saved / "step_00000003" / "COMPLETE.json").write_text("")
+    (saved / "latest").write_text("step_00000099")
     printed = tasks(*options, "train.max_steps=5")
     for step, reason in ((5, f"{altered.name} is not what was written"), (4, "is missing"), (3, "COMPLETE.json")):
         assert any(f"step_0000000{step}" in line and reason in line for line in printed.splitlines()), reason
     assert "going on from" in printed and "step 3/5" in printed and "step 2/5" not in printed
     assert numbers(folder) == expected
-    names = sorted(path.name for path in checkpoints.glob("step_*"))
+    names = sorted(path.name for path in saved.glob("step_*"))
     assert names == [f"step_0000000{step}" for step in (1, 2)] + [
         f"step_0000000{step}{end}" for step in (3, 4, 5) for end in ("", ".damaged")
     ]
-    assert (checkpoints / "latest").read_text() == "step_00000005"
+    assert (saved / "latest").read_text() == "step_00000005"
 
 
 def test_weights_start_anew_where_the_run_cannot_go_on(small_run: list[str], tmp_path: Path) -> None:
@@ -114,5 +117,50 @@ def test_weights_start_anew_where_the_run_cannot_go_on(small_run: list[str], tmp
     expected = numbers(folder)
     again = tasks(*anew, processes=1)
     assert "nothing is left to do" in again and numbers(folder) == expected, "the same command goes on from its own"
+    for left in (["config.yaml"], ["config.yaml", "metrics.jsonl", "environment.json"]):
+        killed_while_it_set_aside(folder, left)
+        assert "starting anew from the weights of" in tasks(*anew, processes=1) and numbers(folder) == expected
+        assert numbers(folder / "earlier_1") == before and not (folder / "earlier_2").exists()
     other = tasks(*anew, "model.decoder_dim=128", processes=1, code=2)
     assert "holds another model" in other.splitlines()[-1] and numbers(folder) == expected
+
+
+def killed_while_it_set_aside(folder: Path, left: list[str]) -> None:
+    """Brings a folder into the state in which these files of the other run had not been moved yet."""
+    for entry in set(folder.iterdir()) - {folder / "earlier_1"}:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for name in left:
+        (folder / "earlier_1" / name).replace(folder / name)
+
+
+def test_what_a_run_at_work_removes_is_looked_for_anew(
+    stage_run: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader, an export say, meets a checkpoint that the run removes after it has written the next one."""
+    source = stage_run("zero2", "bf16") / "checkpoints" / "step_00000004"
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(source, folder / source.name)
+    digest = checkpoints.sha256
+
+    def remove_first(path: Path) -> str:
+        if path.parent.name == source.name:
+            shutil.rmtree(path.parent)
+            shutil.copytree(source, folder / "step_00000008")
+        return digest(path)
+
+    monkeypatch.setattr(checkpoints, "sha256", remove_first)
+    newest = newest_complete(tmp_path)
+    assert newest is not None and newest.path.name == "step_00000008"
+
+
+def test_a_file_that_cannot_be_read_is_damage(
+    stage_run: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector, which is imitated."""
+    newest = newest_complete(stage_run("zero2", "bf16"))
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoints, "sha256", fail)
+    assert newest is not None and newest.altered() == sorted(newest.files)
