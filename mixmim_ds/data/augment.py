@@ -81,7 +81,8 @@ class RandAugmentPool:
     def __call__(self, pixels: Tensor, seeds: np.ndarray) -> Tensor:
         """uint8 [B, 3, H, W] on any device and uint64 [B] -> uint8 [B, 3, H, W] on the CPU. DataFailed if it fails."""
         images = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        parts = zip(np.array_split(images, self.workers), np.array_split(seeds, self.workers), strict=True)
+        count = min(self.workers, len(images))  # a part without an image is none
+        parts = zip(np.array_split(images, count), np.array_split(seeds, count), strict=True)
         try:
             done = np.concatenate(list(self.pool.map(self.augment, *zip(*parts, strict=True))))
         except Exception as error:  # whatever strikes in a process, or the process itself
