@@ -55,13 +55,20 @@ def read_images(files: list[Path], size: int) -> Tensor:
     pixels = []
     for path in files:
         try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+            image = _rgb(ImageOps.exif_transpose(Image.open(path)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"IMAGES: {path} is no readable image ({error}); leave it out.") from error
         top, left, height, width = central_windows(np.array([[image.height, image.width]]), 1.0)[0].tolist()
         box = (left, top, left + width, top + height)
         pixels.append(pil_to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box)))
     return torch.stack(pixels)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """In 8 bits a channel; grey in 16 bits is scaled, as DALI does it, where PIL alone would clip it to white."""
+    if image.mode.startswith("I"):
+        image = image.convert("F").point(lambda value: value / 257 + 0.5)  # the conversion that follows rounds down
+    return image.convert("RGB")
 
 
 def as_the_model_takes_them(pretrained: Pretrained, pixels: Tensor) -> Tensor:

@@ -82,6 +82,13 @@ def test_images_are_read_upright_and_from_their_middle(tmp_path: Path) -> None:
     assert [path.name for path in find_files([tmp_path])] == ["lying.png", "turned.png"]
 
 
+def test_grey_in_16_bits_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    (found,) = read_images([tmp_path / "grey.png"], 8)
+    assert torch.equal(found, torch.from_numpy((grey / 257).round().astype(np.uint8)).expand(3, -1, -1))
+
+
 def test_the_command_draws_a_run_and_its_export_alike(
     stage_run: Callable[[str, str], Path], photographs: Path, tmp_path: Path
 ) -> None:
