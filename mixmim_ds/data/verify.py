@@ -77,5 +77,7 @@ def _oddities(image: ImageFile, name: str) -> Iterator[str]:
         yield f"animated, {getattr(image, 'n_frames', 2)} frames of which the first is used"
     if image.mode == "CMYK":
         yield "CMYK, for print"
-    if any("16" in str(tile.args) for tile in image.tile):
+    # By Pillow's raw mode, which stands alone or before others: RGB;16B, while BGR;16 has 16 bits for all its channels.
+    modes = [tile.args[0] if isinstance(tile.args, tuple) else tile.args for tile in image.tile]
+    if any(str(mode).endswith(";16B") for mode in modes):
         yield "16 bits a channel, of which 8 are used"

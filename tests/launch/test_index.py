@@ -88,6 +88,7 @@ def test_odd_images_are_listed_and_are_no_failure(look: Callable, copy: Path) ->
     image.save(copy / "film.webp", save_all=True, append_images=[image.rotate(90), image.rotate(180)])
     image.save(copy / "camera.jpg", "MPO", save_all=True, append_images=[image.resize((32, 32))])
     Image.new("I;16", (50, 50)).save(copy / "depth.png")
+    Image.new("1", (128, 50)).save(copy / "line.bmp")  # 16 bytes a row, and nothing odd
     (copy / "deep.png").write_bytes(png(50, 50, 16))
     (copy / "huge.png").write_bytes(png(10_000, 9_000, 8))
     os.rename(copy / "photo.jpeg", os.fsencode(copy / "caf") + b"\xe9.jpeg")
@@ -102,7 +103,7 @@ def test_odd_images_are_listed_and_are_no_failure(look: Callable, copy: Path) ->
         "too large: huge.png (10000 x 9000 pixels, more than 89,478,485; not decoded)",
         "too small: small.jpg (40 x 31 pixels, a side under 32)",
     ]
-    assert done.stdout.splitlines()[-1] == "308 files: 0 broken, 1 too small, 1 too large, 5 odd"
+    assert done.stdout.splitlines()[-1] == "309 files: 0 broken, 1 too small, 1 too large, 5 odd"
 
 
 def test_mistakes_are_one_line(look: Callable, tmp_path: Path) -> None:
