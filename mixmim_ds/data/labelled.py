@@ -3,6 +3,8 @@
 N images of a set    B images of a batch
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,11 @@ class Labelled:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the images show, which the fingerprint of shards does not tell."""
+        return hashlib.sha256(json.dumps(self.classes).encode() + self.labels.numpy().tobytes()).hexdigest()
 
 
 def open_labelled(data: LabelledDataConfig, option: str = "data.root") -> tuple[Labelled, Labelled]:

@@ -34,6 +34,7 @@ from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.optim import layer_scale
 from mixmim_ds.train.restore import load_weights
+from mixmim_ds.train.run_folder import facts_of
 from mixmim_ds.zero_files import read_saved
 
 EXPORT = "timm"  # folder in the run folder
@@ -109,7 +110,7 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
         return Picture("augmented", pixels, "training images as the model takes them")
 
     return Task(
-        config, options.encoder, model, loader, train.images, picture, train.classes, scale_of,
+        config, options.encoder, model, loader, train.images, facts_of(train), picture, scale_of,
         config.optim.ema_decay, judge, begin,
     )  # fmt: skip
 

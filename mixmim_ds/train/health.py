@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, build_model
 from mixmim_ds.train.distributed import RankFailed, RunFailed, World, connected, gather, rank_before_connecting
 from mixmim_ds.train.engine import Trained, engine_config
-from mixmim_ds.train.run_folder import check_run_folder
+from mixmim_ds.train.run_folder import check_run_folder, facts_of
 from mixmim_ds.train.slurm import PORTS, node, nodes
 
 BUSY = 0.1  # of a GPU's memory; drivers and idle daemons take less
@@ -102,10 +103,10 @@ def _mistake(config: Config, size: int) -> str:
     """What is wrong with the options as the first node sees it, and would be anywhere; empty if nothing is."""
     try:
         engine_config(config, size)
-        images = _open(config)
+        images, facts = _open(config)
         if images:
             plan_of(config, images[0].sizes, (1, 1), 0.5)  # which wants images for a step
-        check_run_folder(config, images[0].fingerprint if images else "synthetic")
+        check_run_folder(config, facts)
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         _token(config).write_text(_signature())
     except ValueError as error:
@@ -115,12 +116,13 @@ def _mistake(config: Config, size: int) -> str:
     return ""
 
 
-def _open(config: Config) -> list[Images]:
-    """The images to train on, if any, and those to judge by."""
+def _open(config: Config) -> tuple[list[Images], dict[str, Any]]:
+    """The images to train on, if any, and those to judge by; the facts of the former."""
     if isinstance(config, FinetuneConfig):
-        return [part.images for part in open_labelled(config.data)]
+        train, val = open_labelled(config.data)
+        return [train.images, val.images], facts_of(train)
     index = open_images(config.data, progress=True)
-    return [] if index is None else [index]
+    return [] if index is None else [index], facts_of(index)
 
 
 def _token(config: Config) -> Path:
@@ -163,7 +165,7 @@ def _gpu(config: Config) -> str:
 
 
 def _images(config: Config) -> str:
-    found = _open(config)
+    found, _ = _open(config)
     for images in found:
         with images.open(0) as file:
             if not file.read(1):

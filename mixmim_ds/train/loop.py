@@ -62,8 +62,8 @@ class Task:
     model: Trained
     loader: Loader[Batch]
     index: Images | None
+    facts: dict[str, Any]  # of the data, as by `facts_of`
     draw: Callable[[Any, Tensor], Picture]  # of a batch and what the model makes of it
-    classes: list[str] | None = None
     scale_of: ScaleOf = all_alike
     ema_decay: float | None = None
     judge: Judge | None = None
@@ -137,11 +137,11 @@ def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest
 
 def _begin(task: Task, world: World) -> Run:
     config, train = task.config, task.config.train
-    turns, fingerprint = accumulation(config, world.size), "synthetic" if task.index is None else task.index.fingerprint
-    weights = on_first_rank(world, lambda: earlier_weights(config, fingerprint))
+    turns = accumulation(config, world.size)
+    weights = on_first_rank(world, lambda: earlier_weights(config, task.facts))
     if weights:
         on_every_rank(world, lambda: load_weights(task.model, read_saved(weights).weights))
-    lock = open_run_folder(config, world, fingerprint, task.classes)
+    lock = open_run_folder(config, world, task.facts)
     plan = task.loader.plan
     schedule = Schedule(config.optim, train.global_batch, plan.steps_per_epoch, train.epochs)
     last = min(schedule.total_steps, train.max_steps or schedule.total_steps)

@@ -20,6 +20,7 @@ from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_ev
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.restore import load_weights
+from mixmim_ds.train.run_folder import facts_of
 from mixmim_ds.zero_files import read_saved
 
 
@@ -43,7 +44,7 @@ def _prepare(config: PretrainConfig, world: World) -> Task:
     judge = None
     if config.probe.data:
         judge = Judge(config.probe.every * loader.plan.steps_per_epoch, probe(config, world))
-    return Task(config, config.model.encoder, model, loader, index, picture, judge=judge)
+    return Task(config, config.model.encoder, model, loader, index, facts_of(index), picture, judge=judge)
 
 
 def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, float]]:

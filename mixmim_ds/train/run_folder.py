@@ -19,6 +19,8 @@ from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import newest_complete, steps_of, write_whole
 from mixmim_ds.config import ROOT, RunConfig, flatten, identity
+from mixmim_ds.data.labelled import Labelled
+from mixmim_ds.data.shards import Images
 from mixmim_ds.device import on_gpu
 from mixmim_ds.json_lines import read_rows
 from mixmim_ds.train.distributed import RunFailed, World, gather, on_first_rank
@@ -31,13 +33,24 @@ NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # as of Lustre mounte
 log = logging.getLogger("mixmim_ds")
 
 
-def check_run_folder(config: RunConfig, fingerprint: str) -> None:
+def facts_of(data: Images | Labelled | None) -> dict[str, Any]:
+    """What tells a run's data apart, wherever they lie; config.yaml keeps it as data.fingerprint, and with labels
+    data.labels, their digest, and data.classes. None is synthetic images."""
+    if isinstance(data, Labelled):
+        return {"fingerprint": data.images.fingerprint, "labels": data.digest, "classes": data.classes}
+    return {"fingerprint": "synthetic" if data is None else data.fingerprint}
+
+
+def check_run_folder(config: RunConfig, facts: dict[str, Any]) -> None:
     """Refuses a folder that holds another run, before anything in it is touched.
+
+    Args:
+        facts: of the data, as by `facts_of`.
 
     Raises:
         ValueError: the folder's run has another value of an option that decides what is computed, or other data.
     """
-    difference = difference_to(config, fingerprint)
+    difference = difference_to(config, facts)
     if difference:
         name, held, wanted = difference
         if name == "data.fingerprint":
@@ -46,15 +59,21 @@ def check_run_folder(config: RunConfig, fingerprint: str) -> None:
                 "these have changed since; give those that it began with, choose another run_dir, or start anew from "
                 "its weights with resume=weights."
             )
+        if name in ("data.labels", "data.classes"):
+            raise ValueError(
+                f"run_dir={config.run_dir} holds a run whose images had other labels than those of data.root="
+                f"{config.data.root} have; give them the old ones to continue the run, or choose another run_dir."
+            )
         raise ValueError(
             f"run_dir={config.run_dir} holds a run with {name}={held}, not {wanted}; give it that value to continue "
             "the run, choose another run_dir, or start anew from its weights with resume=weights."
         )
 
 
-def difference_to(config: RunConfig, fingerprint: str) -> tuple[str, Any, Any] | None:
-    """The first option that decides what is computed and is another in the run that the folder holds: its name, the
-    value there and the value here. A run that has neither a checkpoint nor reported a step holds nothing.
+def difference_to(config: RunConfig, facts: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option, or fact of the data, that decides what is computed and is another in the run that the folder
+    holds: its name, the value there and the value here. A run that has neither a checkpoint nor reported a step holds
+    nothing.
 
     Raises:
         ValueError: run_dir is a file.
@@ -68,11 +87,12 @@ def difference_to(config: RunConfig, fingerprint: str) -> tuple[str, Any, Any] |
     held: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
     # An option that is younger than the run had its default there.
     defaults: Any = OmegaConf.to_container(OmegaConf.structured(type(config)))
-    before, now = flatten(defaults) | flatten(held), identity(config) | {"data.fingerprint": fingerprint}
-    return next(((name, before.get(name), value) for name, value in now.items() if before.get(name) != value), None)
+    before, now = flatten(defaults) | flatten(held), identity(config) | flatten({"data": facts})
+    # A fact that was not kept yet when the run began counts as the same.
+    return next(((name, before[name], value) for name, value in now.items() if before.get(name, value) != value), None)
 
 
-def earlier_weights(config: RunConfig, fingerprint: str) -> Path | None:
+def earlier_weights(config: RunConfig, facts: dict[str, Any]) -> Path | None:
     """For resume=weights: the checkpoint to take the weights of, or None where the run goes on from its own.
 
     Raises:
@@ -82,7 +102,7 @@ def earlier_weights(config: RunConfig, fingerprint: str) -> Path | None:
         return None
     folder = Path(config.run_dir)
     aside = _set_asides(folder)
-    if difference_to(config, fingerprint) and not _half_aside(folder):
+    if difference_to(config, facts) and not _half_aside(folder):
         source = folder
     elif newest_complete(folder):
         return None
@@ -117,13 +137,11 @@ def _set_aside(folder: Path) -> None:
         entry.rename(place / entry.name)
 
 
-def open_run_folder(
-    config: RunConfig, world: World, fingerprint: str, classes: list[str] | None = None
-) -> IO[str] | None:
+def open_run_folder(config: RunConfig, world: World, facts: dict[str, Any]) -> IO[str] | None:
     """Creates the run folder or accepts it as this run's, writes what the run is and opens its log.
 
     Args:
-        fingerprint, classes: of the data; they are kept with the options, as data.fingerprint and data.classes.
+        facts: of the data, as by `facts_of`; they are kept with the options.
 
     Returns:
         On the first rank the lock that keeps other runs out, for as long as it stays open.
@@ -136,24 +154,22 @@ def open_run_folder(
     locks: list[IO[str]] = []
     if not world.first:
         log.addHandler(logging.NullHandler())  # or Python prints the warnings of every rank
-    on_first_rank(world, lambda: locks.append(_take(config, joined, fingerprint, classes, hosts)))
+    on_first_rank(world, lambda: locks.append(_take(config, joined, facts, hosts)))
     return locks[0] if locks else None
 
 
-def _take(
-    config: RunConfig, joined: dict[str, Any], fingerprint: str, classes: list[str] | None, hosts: list[str]
-) -> IO[str]:
+def _take(config: RunConfig, joined: dict[str, Any], facts: dict[str, Any], hosts: list[str]) -> IO[str]:
     folder = Path(config.run_dir)
     if config.resume != "weights":
-        check_run_folder(config, fingerprint)
+        check_run_folder(config, facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
-        if config.resume == "weights" and (difference_to(config, fingerprint) or _half_aside(folder)):
+        if config.resume == "weights" and (difference_to(config, facts) or _half_aside(folder)):
             _set_aside(folder)
-        check_run_folder(config, fingerprint)  # the run that had the lock until now may have been the first here
+        check_run_folder(config, facts)  # the run that had the lock until now may have been the first here
         options = asdict(config)
-        options["data"] |= {"fingerprint": fingerprint} | ({} if classes is None else {"classes": classes})
+        options["data"] |= facts
         _write_files(folder, options, joined, hosts)
         _open_log(folder / "train.log")
     except OSError as error:

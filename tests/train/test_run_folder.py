@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tars import picture, write_tar
 
-from mixmim_ds.compose import load_config
+from mixmim_ds.compose import load_config, load_finetune_config
 from mixmim_ds.config import PretrainConfig
+from mixmim_ds.data.labelled import open_labelled
+from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.train import run_folder
-from mixmim_ds.train.run_folder import difference_to
+from mixmim_ds.train.run_folder import check_run_folder, difference_to, facts_of
 
 
 @pytest.fixture
@@ -26,19 +29,26 @@ def held(tmp_path: Path) -> Path:
 
 def test_a_run_of_an_older_version_goes_on_while_new_options_keep_their_defaults(held: Path) -> None:
     options = [f"run_dir={held}", "data.root=ELSEWHERE"]
-    assert difference_to(load_config(options), "F") is None
+    assert difference_to(load_config(options), {"fingerprint": "F"}) is None
     changed = load_config([*options, "model.dual_reconstruction=false"])
-    assert difference_to(changed, "F") == ("model.dual_reconstruction", True, False)
-    assert difference_to(load_config(options), "G") == ("data.fingerprint", "F", "G")
-    assert difference_to(load_config([*options, "train.seed=1"]), "F") == ("train.seed", 0, 1)
+    assert difference_to(changed, {"fingerprint": "F"}) == ("model.dual_reconstruction", True, False)
+    assert difference_to(load_config(options), {"fingerprint": "G"}) == ("data.fingerprint", "F", "G")
+    other_seed = load_config([*options, "train.seed=1"])
+    assert difference_to(other_seed, {"fingerprint": "F"}) == ("train.seed", 0, 1)
 
 
 def test_a_run_that_ended_before_its_first_report_holds_no_folder(held: Path) -> None:
     """As one does whose micro-batch was too large for the GPU."""
     (held / "metrics.jsonl").unlink()
-    assert difference_to(load_config([f"run_dir={held}", "data.root=DIR", "train.micro_batch=64"]), "F") is None
+    assert (
+        difference_to(load_config([f"run_dir={held}", "data.root=DIR", "train.micro_batch=64"]), {"fingerprint": "F"})
+        is None
+    )
     (held / "checkpoints" / "step_00000001").mkdir(parents=True)
-    assert difference_to(load_config([f"run_dir={held}", "data.root=DIR", "train.micro_batch=64"]), "F") is not None
+    assert (
+        difference_to(load_config([f"run_dir={held}", "data.root=DIR", "train.micro_batch=64"]), {"fingerprint": "F"})
+        is not None
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EIO])
@@ -56,3 +66,34 @@ def test_only_a_disk_that_knows_no_locks_is_taken_without(
     else:
         run_folder._lock(tmp_path).close()
         assert "keep other runs out of it" in caplog.text
+
+
+def in_shards(root: Path, *labels: str) -> FinetuneConfig:
+    """Four images, packed with these labels."""
+    images = {f"{i}.jpg": picture(40 + i) for i in range(4)}
+    write_tar(root / "0.tar", images | {f"{i}.cls": label.encode() for i, label in enumerate(labels)})
+    data = ["data=shards", f"data.root={root}/*.tar", f"data.val={root}/*.tar", f"data.index_dir={root}/index"]
+    return load_finetune_config(["model=tiny", f"run_dir={root}/run", "init=random", *data])
+
+
+def test_shards_packed_anew_with_other_labels_are_other_data(tmp_path: Path) -> None:
+    facts = {}
+    for name, labels in {"held": "0110", "moved": "0110", "swapped": "1001", "renamed": "0220"}.items():
+        facts[name] = facts_of(open_labelled(in_shards(tmp_path / name, *labels).data)[0])
+    assert len({each["fingerprint"] for each in facts.values()}) == 1
+    config = in_shards(tmp_path / "held", *"0110")
+    (tmp_path / "held" / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    kept = tmp_path / "held" / "run" / "config.yaml"
+    options = OmegaConf.to_container(OmegaConf.structured(config))
+    options["data"] |= facts["held"]
+    kept.write_text(OmegaConf.to_yaml(OmegaConf.create(options)))
+    check_run_folder(config, facts["moved"])
+    for name in ("swapped", "renamed"):
+        with pytest.raises(
+            ValueError, match=r"other labels than those of data\.root=.* have; give them the old ones to"
+        ):
+            check_run_folder(config, facts[name])
+    del options["data"]["labels"]  # as runs were kept before labels were
+    kept.write_text(OmegaConf.to_yaml(OmegaConf.create(options)))
+    assert difference_to(config, facts["held"]) is None and difference_to(config, facts["swapped"]) is None
+    assert difference_to(config, facts["renamed"]) == ("data.classes", ["0", "1"], ["0", "2"])
