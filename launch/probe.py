@@ -19,7 +19,9 @@ from mixmim_ds.finetune_config import LabelledDataConfig
 def probe(arguments: argparse.Namespace) -> dict[str, object]:
     """Both accuracies and what they are of. ValueError on a user's mistake."""
     # Here, for a mistake in the words need not wait for the seconds that DALI takes.
+    from mixmim_ds.data.central import tell_left_out
     from mixmim_ds.data.labelled import open_labelled
+    from mixmim_ds.data.recover import DataFailed
     from mixmim_ds.evaluate.features import View, extract, load_encoder
     from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours
     from mixmim_ds.train.distributed import share_of_cores
@@ -31,12 +33,17 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.img_size is not None:
         encoder.set_input_size(arguments.img_size)
     device = torch.device("cuda", 0) if on_gpu() else torch.device("cpu")
-    known, asked = (extract(encoder, view, part, device, share_of_cores(), arguments.batch) for part in (train, val))
+    cores, batch = share_of_cores(), arguments.batch
+    try:
+        known, asked = (extract(encoder, view, part, device, cores, batch) for part in (train, val))
+    except DataFailed as error:
+        raise SystemExit(f"error: {error}") from error
+    tell_left_out(each.left_out for each in (known, asked))
     linear, penalty = accuracy_of_classifier(known, asked)
     return {
         "source": arguments.source, "knn": accuracy_of_neighbours(known, asked), "linear": linear, "penalty": penalty,
         "stage": arguments.stage or len(encoder.layers), "norm": view.norm, "channels": known.vectors.shape[1],
-        "classes": len(train.classes), "train": len(train), "val": len(val),
+        "classes": len(train.classes), "train": len(known.labels), "val": len(asked.labels),
     }  # fmt: skip
 
 

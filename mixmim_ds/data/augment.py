@@ -23,7 +23,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.finetune_config import AugmentConfig
 from mixmim_ds.libc import die_with_parent
 

@@ -1,11 +1,10 @@
-"""Labelled images: a set to learn from and one to judge by, and the latter's batches.
+"""Labelled images: a set to learn from and one to judge by.
 
-N images of a set    B images of a batch
+N images of a set
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixmim_ds.data.dali import DecodeError, Fed, build_pipeline, run_pipeline
-from mixmim_ds.data.loader import Normalise
 from mixmim_ds.data.shards import Images, open_images
 from mixmim_ds.finetune_config import LabelledDataConfig
-from mixmim_ds.models.sizes import crop_of
 
 
 @dataclass(frozen=True)
@@ -85,51 +81,3 @@ def _open(part: LabelledDataConfig, option: str) -> Images:
 def _labels(images: Images, classes: list[str]) -> Tensor:
     position = torch.tensor([classes.index(name) for name in images.classes])
     return position[torch.from_numpy(np.array(images.labels, np.int64))]
-
-
-def central_windows(sizes: np.ndarray, share: float) -> np.ndarray:
-    """Squares in the middle of images: sizes int [B, 2] -> top, left, height and width, int32 [B, 4]."""
-    side = np.maximum(np.round(sizes.min(1) * share).astype(np.int32), 1)
-    corner = (sizes - side[:, None]) // 2
-    return np.column_stack([corner, side, side]).astype(np.int32)
-
-
-def central_batches(
-    images: Images, img_size: int, normalise: Normalise, device: torch.device, threads: int, batch: int,
-    rank: int = 0, size: int = 1,
-) -> Iterator[tuple[Tensor, np.ndarray]]:  # fmt: skip
-    """The middle of every image, each once, in batches whose content does not depend on how many ranks share them.
-
-    Yields:
-        float32 [batch, 3, H, W] on the device, and the rows of the index, int64 [B]; the last batch is filled up with
-        images of the beginning, which have no row.
-
-    Raises:
-        ValueError: an image cannot be decoded.
-    """
-    share = crop_of(img_size)
-    numbers = range(rank, -(-len(images) // batch), size)
-    if not numbers:
-        return
-
-    def rows_of(number: int) -> np.ndarray:
-        return np.arange(number * batch, (number + 1) * batch)
-
-    def feed(iteration: int) -> Fed:
-        rows = rows_of(numbers[min(iteration, len(numbers) - 1)]) % len(images)  # the pipeline reads ahead
-        windows = central_windows(images.sizes[rows], share)
-        corner, sides = np.ascontiguousarray(windows[:, :2]), np.ascontiguousarray(windows[:, 2:])
-        return images.give(rows), corner, sides, np.zeros(batch, np.int32)
-
-    pipeline = build_pipeline(feed, images.gives, batch, img_size, device, threads, prefetch=2)
-    for number in numbers:
-        try:
-            pixels = run_pipeline(pipeline, device)
-        except DecodeError as error:
-            first, last = (images.name(int(rows_of(number)[i] % len(images))) for i in (0, -1))
-            raise ValueError(
-                f"an image from {first} to {last} cannot be decoded; python launch/index.py DIR --verify names those "
-                "that are broken: take them out."
-            ) from error
-        rows = rows_of(number)
-        yield normalise(pixels), rows[rows < len(images)]

@@ -1,7 +1,6 @@
 """What the training loop sees of the data: this rank's micro-batches from a given step on, prefetched."""
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -15,15 +14,12 @@ from torch import Tensor
 
 from mixmim_ds.config import DataConfig, PretrainConfig, RunConfig
 from mixmim_ds.data.ahead import ahead
-from mixmim_ds.data.dali import DecodeError, Fed, Feed, build_pipeline, run_pipeline
+from mixmim_ds.data.dali import Fed, Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
-from mixmim_ds.data.quarantine import DataFailed, Quarantine
-from mixmim_ds.data.s3 import StorageDown
+from mixmim_ds.data.quarantine import Quarantine
+from mixmim_ds.data.recover import recovering
 from mixmim_ds.data.shards import Images
 from mixmim_ds.models.grids import CELL
-
-RETRIES = 3  # of a batch whose images all decode alone, or that S3 does not give
-DOWN_S = 30  # that S3 gets to come back before a retry; the client soon makes none of its own (its retry quota)
 
 
 class Batch(Protocol):
@@ -185,38 +181,10 @@ class DaliLoader(Generic[B]):
 
     def batches(self, start: int) -> Iterator[B]:
         """See `Loader`."""
-        turn, failures = start * self.share.accumulation, 0
-        while True:
-            try:
-                for batch in self._batches_until_failure(turn):
-                    yield batch
-                    turn, failures = turn + 1, 0
-            except (DecodeError, StorageDown) as error:
-                failures = self._recover(error, turn, failures)
+        first = start * self.share.accumulation
+        return recovering(self._read, lambda turn: self.quarantine.examine(*self.share.place(turn)), first)
 
-    def _recover(self, error: DecodeError | StorageDown, turn: int, failures: int) -> int:
-        """Finds the broken images of a micro-batch that failed; how often in a row it has without one, this time too.
-
-        Raises:
-            DataFailed: too often, or as `Quarantine.examine`.
-        """
-        try:
-            if isinstance(error, DecodeError) and self.quarantine.examine(*self.share.place(turn)):
-                return 0
-        except StorageDown as down:
-            error = down
-        # Where no image is to blame, storage may have failed for a moment.
-        if failures + 1 == RETRIES:
-            if isinstance(error, DecodeError):
-                raise DataFailed(f"DALI failed {RETRIES} times over images that it decodes alone: {error}") from error
-            raise DataFailed(
-                f"S3 failed {RETRIES} times in a row: {error.strerror}, then start the same command again."
-            ) from error
-        if isinstance(error, StorageDown):
-            time.sleep(DOWN_S)
-        return failures + 1
-
-    def _batches_until_failure(self, first: int) -> Iterator[B]:
+    def _read(self, first: int) -> Iterator[B]:
         """This rank's micro-batches from number `first` on; DecodeError once one cannot be decoded."""
         planned: deque[MicroBatchPlan] = deque()
 

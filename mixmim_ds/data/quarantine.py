@@ -1,34 +1,28 @@
 """Broken images met during training: found, remembered, and replaced by the plan's next choice.
 
-DALI fails as a batch and does not say which file it was. So the images of a failed batch are tried alone, through the
-same graph and with the same window, and a place in the global batch gets the first of its choices that decodes. That
-depends on neither the rank nor what is remembered: the window counts because of a JPEG that is cut off below it, which
-decodes, and the memory only says which images to try before they spoil a batch.
+The images of a batch that failed are tried alone (`recover`), with the same window, and a place in the global batch
+gets the first of its choices that decodes. That depends on neither the rank nor what is remembered: the window counts
+because of a JPEG that is cut off below it, which decodes, and the memory only says which images to try before they
+spoil a batch.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
 
-from mixmim_ds.data.dali import DecodeError, Fed, Feed, run_pipeline
+from mixmim_ds.data.dali import Fed
 from mixmim_ds.data.plan import MicroBatchPlan, Plan
-from mixmim_ds.data.scan import open_image, reason_of
+from mixmim_ds.data.recover import DataFailed, OpenPipeline, find_broken, why_broken
 from mixmim_ds.data.shards import Images
 
 CHOICES = 32  # per place; with even two thirds of the images broken all of them fail once in half a million
-
-
-class DataFailed(Exception):
-    """No batch can be had, and not because of single images; one sentence for the user."""
 
 
 class Quarantine:
     """Micro-batches of a plan whose broken images are replaced.
 
     Args:
-        open_pipeline: builds the pipeline of a feed, for a number of images a batch and of batches ahead.
         fed: what a pipeline is fed for a micro-batch, or for a part of one.
     """
 
@@ -37,7 +31,7 @@ class Quarantine:
         index: Images,
         plan: Plan,
         device: torch.device,
-        open_pipeline: Callable[[Feed, int, int], Pipeline],
+        open_pipeline: OpenPipeline,
         fed: Callable[[MicroBatchPlan], Fed],
     ) -> None:
         self.index, self.plan, self.device = index, plan, device
@@ -77,7 +71,7 @@ class Quarantine:
             if not places.size:
                 self.bad |= found  # not before: where nothing decodes it is not the images
                 return batch
-            found |= {i: self._reason(i) for i in batch.ids[places].tolist() if i not in self.bad}
+            found |= {i: why_broken(self.index, i) for i in batch.ids[places].tolist() if i not in self.bad}
             choices[places] += 1
         i, reason = next(iter(found.items()), (int(batch.ids[places[0]]), "broken"))
         raise DataFailed(
@@ -86,32 +80,10 @@ class Quarantine:
         )
 
     def _failing(self, batch: MicroBatchPlan, places: np.ndarray) -> np.ndarray:
-        """Those of the places whose image cannot be decoded alone; a pipeline serves until it has failed."""
-        failing = []
-        while places.size:
-            pipeline = self.open_pipeline(self._one_by_one(batch, places), 1, 1)
-            tried = 0
-            try:
-                for _ in places:
-                    tried += 1
-                    run_pipeline(pipeline, self.device)
-            except DecodeError:
-                failing.append(places[tried - 1])
-            places = places[tried:]
-        return np.array(failing, np.int64)
+        """Those of the places whose image cannot be decoded alone."""
 
-    def _one_by_one(self, batch: MicroBatchPlan, places: np.ndarray) -> Feed:
-        def feed(iteration: int) -> Fed:
-            one = places[[min(iteration, len(places) - 1)]]  # the pipeline reads ahead
+        def fed(i: int) -> Fed:
+            one = places[[i]]
             return self.fed(MicroBatchPlan(batch.ids[one], batch.windows[one], batch.flips[one], batch.mask))
 
-        return feed
-
-    def _reason(self, i: int) -> str:
-        """Why image i, which DALI does not decode, is broken; DALI itself does not tell it for a file."""
-        try:
-            with self.index.open(i) as file, open_image(file) as image:
-                image.load()
-            return "DALI does not decode it, although PIL does"
-        except Exception as error:  # whatever strikes a parser that meets arbitrary bytes
-            return reason_of(error)
+        return places[find_broken(fed, len(places), self.open_pipeline, self.device)]

@@ -31,7 +31,7 @@ def count(classify: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, 
 
     Args:
         classify: float32 [B, 3, H, W] -> logits [B, K].
-        batches: images and their rows, as `central_batches` yields them.
+        batches: images and their rows, as `CentralBatches` yields them.
         labels: int64 [N] on the CPU, of all rows.
     """
     counts = Counts()

@@ -3,7 +3,7 @@
 B images of a batch    N images of a set    D channels
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ from timm.data import resolve_data_config
 from torch import Tensor
 from tqdm import tqdm
 
-from mixmim_ds.data.labelled import Labelled, central_batches
+from mixmim_ds.data.central import CentralBatches, LeftOut
+from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.loader import Normalise
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import MixMIMTransformer
@@ -48,6 +49,7 @@ class Vectors:
 
     vectors: Tensor  # float32 [N, D]
     labels: Tensor  # int64 [N], positions in the classes of the training set
+    left_out: LeftOut = field(default_factory=list)  # images that have no vector
 
 
 def load_encoder(source: str, seed: int, head: bool = False) -> MixMIMTransformer:
@@ -92,18 +94,20 @@ def extract(
     encoder: MixMIMTransformer, view: View, images: Labelled, device: torch.device, threads: int, batch: int,
     rank: int = 0, size: int = 1,
 ) -> Vectors:  # fmt: skip
-    """The vectors of all images, each once, in the order of the index; of several ranks, this one's batches of them.
+    """The vectors of all images that can be decoded, each once, in the order of the index; of several ranks, this
+    one's batches of them.
 
     Raises:
-        ValueError: an image cannot be decoded.
+        DataFailed: nothing can be decoded any more.
     """
     pixels, normalise = encoder.patch_embed.img_size[0], normalise_of(encoder, device)
     encoder = encoder.to(device).eval()
-    batches = central_batches(images.images, pixels, normalise, device, threads, batch, rank, size)
+    batches = CentralBatches(images.images, pixels, normalise, device, threads, batch, rank, size)
     total = -(-len(images) // batch) // size
     vectors = [view(encoder, torch.zeros(1, 3, pixels, pixels, device=device))[:0].cpu()]  # a rank may have no batch
     rows = [np.zeros(0, np.int64)]
     for shown, some in tqdm(batches, "features", total, unit=" batches", disable=None if rank == 0 else True):
         vectors.append(view(encoder, shown)[: len(some)].cpu())
         rows.append(some)
-    return Vectors(torch.cat(vectors), images.labels[torch.from_numpy(np.concatenate(rows))])
+    labels = images.labels[torch.from_numpy(np.concatenate(rows))]
+    return Vectors(torch.cat(vectors), labels, batches.left_out)

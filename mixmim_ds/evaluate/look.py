@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
-from mixmim_ds.data.labelled import central_windows
+from mixmim_ds.data.central import central_windows
 from mixmim_ds.data.plan import mask_at
 from mixmim_ds.data.scan import EXTENSIONS
 from mixmim_ds.evaluate.features import View

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from mixmim_ds.checkpoints import steps_of
 from mixmim_ds.data.augment import RandAugmentPool
-from mixmim_ds.data.labelled import Labelled, central_batches, open_labelled
+from mixmim_ds.data.central import CentralBatches, tell_left_out
+from mixmim_ds.data.labelled import Labelled, open_labelled
 from mixmim_ds.data.labelled_loader import LabelledBatch, LabelledLoader
 from mixmim_ds.data.loader import Normalise, Share
+from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.evaluate.accuracy import count, scores
 from mixmim_ds.evaluate.features import load_encoder, normalise_of
 from mixmim_ds.evaluate.pictures import Picture, draw_batch
@@ -22,6 +24,7 @@ from mixmim_ds.export.to_timm import Form, export_run
 from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, MixMIMTransformer
 from mixmim_ds.train.distributed import (
+    RankFailed,
     World,
     connected,
     made_once,
@@ -63,6 +66,7 @@ def evaluate(config: FinetuneConfig) -> int:
 
     Raises:
         ValueError: it has no classifier, or not one for the classes of the data.
+        RankFailed: the images cannot be read any more.
     """
     with connected(config.train.start_timeout_s) as world:
         train, val = find_labelled(config, world)
@@ -73,7 +77,11 @@ def evaluate(config: FinetuneConfig) -> int:
                 f"init={config.init} tells {encoder.num_classes} classes, which are not the {len(train.classes)} of "
                 f"data.root={config.data.root}; give a model that was fine-tuned on these."
             )
-        found = _score(config, world, val, encoder.to(world.device).eval(), normalise_of(encoder, world.device))
+        normalise = normalise_of(encoder, world.device)
+        try:
+            found = _score(config, world, val, encoder.to(world.device).eval(), normalise)
+        except DataFailed as error:
+            raise RankFailed(str(error)) from error
         if world.first:
             print(json.dumps({"init": config.init} | found))
     return 0
@@ -161,7 +169,7 @@ def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[
 def _score(
     config: FinetuneConfig, world: World, val: Labelled, encoder: MixMIMTransformer, normalise: Normalise
 ) -> dict[str, float]:
-    """Of all images, shared out among the ranks; in half precision where the run is."""
+    """Of all images that can be decoded, shared out among the ranks; in half precision where the run is."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     size, threads = encoder.patch_embed.img_size[0], config.data.threads or share_of_cores()
 
@@ -169,10 +177,13 @@ def _score(
         with torch.autocast(world.device.type, half, enabled=half is not None):
             return encoder(images)
 
-    batches = central_batches(
+    batches = CentralBatches(
         val.images, size, normalise, world.device, threads, config.train.micro_batch, world.rank, world.size
     )
-    return scores(on_every_rank(world, lambda: count(classify, batches, val.labels)))
+    found = on_every_rank(world, lambda: (count(classify, batches, val.labels), batches.left_out))
+    if world.first:
+        tell_left_out(left_out for _, left_out in found)
+    return scores([counts for counts, _ in found])
 
 
 def _export(run_dir: Path) -> None:

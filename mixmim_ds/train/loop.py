@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.loader import Batch, Loader
-from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.data.shards import Images
 from mixmim_ds.evaluate.pictures import Picture
 from mixmim_ds.train import checkpoint

@@ -1,12 +1,14 @@
 """Pretraining: masked images in pairs, reconstructed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mixmim_ds.config import DataConfig, PretrainConfig
+from mixmim_ds.data.central import tell_left_out
 from mixmim_ds.data.labelled import Labelled, open_labelled
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.data.shards import Images, open_images
@@ -72,12 +74,14 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
 
         def look() -> Vectors:
             known.append(vectors(learn))  # these stay on their rank, for there may be millions
-            return vectors(judge_by)
+            found = vectors(judge_by)
+            return replace(found, left_out=known[0].left_out + found.left_out)
 
         asked = on_every_rank(world, look)
         parts = gather_on_first(world, nearest(known[0], torch.cat([each.vectors for each in asked])))
         if not world.first:
             return {}
+        tell_left_out(each.left_out for each in asked)
         return {"knn": accuracy_of_votes(*nearest_of(parts), torch.cat([each.labels for each in asked]))}
 
     return scores

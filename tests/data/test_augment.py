@@ -12,7 +12,7 @@ from timm.data import Mixup, create_transform
 
 from mixmim_ds.data.ahead import ahead
 from mixmim_ds.data.augment import BatchAugment, RandAugmentPool, rand_augment
-from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.finetune_config import AugmentConfig
 
 WORDS, MEAN = "rand-m9-mstd0.5-inc1", [0.485, 0.456, 0.406]

@@ -1,13 +1,11 @@
-"""Labelled sets: in shards, and batches that share a set out."""
+"""Labelled sets in shards."""
 
 from pathlib import Path
 
 import pytest
-import torch
 from tars import picture, write_tar
 
-from mixmim_ds.data.labelled import central_batches, open_labelled
-from mixmim_ds.data.loader import Normalise
+from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.finetune_config import LabelledDataConfig
 
 
@@ -37,16 +35,3 @@ def test_images_without_labels_are_one_sentence(tmp_path: Path) -> None:
         ValueError, match=r"data\.root: 1 images of .*judge-\*\.tar have no class, .*judge-0\.tar:1\.jpg"
     ):
         open_labelled(in_shards(tmp_path, numbered(1, 2, 3), bare))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_ranks_share_out_the_same_batches(labelled: Path, tmp_path: Path, size: int) -> None:
-    """73 images in batches of 16: five, of which the last has nine."""
-    data = LabelledDataConfig(root=str(labelled), index_dir=str(tmp_path))
-    images, normalise = open_labelled(data)[1].images, Normalise(data.mean, data.std, torch.device("cpu"))
-    alone = list(central_batches(images, 32, normalise, torch.device("cpu"), 1, 16))
-    assert [rows.tolist() for _, rows in alone] == [list(range(k, min(k + 16, 73))) for k in range(0, 73, 16)]
-    for rank in range(size):
-        own = list(central_batches(images, 32, normalise, torch.device("cpu"), 1, 16, rank, size))
-        for (pixels, rows), (expected, numbers) in zip(own, alone[rank::size], strict=True):
-            assert torch.equal(pixels, expected) and rows.tolist() == numbers.tolist()

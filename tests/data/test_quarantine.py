@@ -18,7 +18,7 @@ from mixmim_ds.data.dali import DecodeError, run_pipeline
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.loader import Loader, MicroBatch, Share, open_loader
 from mixmim_ds.data.pack import pack
-from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.data.shards import open_shards
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from buckets import endpoint_of, forbid, serve
 from launching import typed
-from loading import assert_same, global_batches, loaders_of, read
+from loading import CPU, assert_same, global_batches, loaders_of, read
 from tars import picture, write_tar
 
-from mixmim_ds.data import loader as loader_module
-from mixmim_ds.data import s3
+from mixmim_ds.data import recover, s3
+from mixmim_ds.data.central import CentralBatches
 from mixmim_ds.data.index import open_index
-from mixmim_ds.data.quarantine import DataFailed
+from mixmim_ds.data.loader import Normalise
+from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.data.s3_folder import open_folder
 from mixmim_ds.data.shards import Images, open_shards
 from mixmim_ds.data.verify import verify
@@ -113,7 +114,7 @@ def test_a_server_that_is_down_blames_no_image(
     server = serve()
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint_of(server))
     monkeypatch.setattr(s3, "ATTEMPTS", 1)
-    monkeypatch.setattr(loader_module, "DOWN_S", 1)
+    monkeypatch.setattr(recover, "DOWN_S", 1)
     forget()
     on_disk, in_s3 = pair(kind, disk, bucket, tmp_path / "index")
     (expected,) = global_batches(on_disk, 1, start=0, steps=1)
@@ -121,6 +122,8 @@ def test_a_server_that_is_down_blames_no_image(
     (loader,) = loaders_of(in_s3, 1)
     with pytest.raises(DataFailed, match=r"^S3 failed 3 times in a row: .*see AWS_ENDPOINT_URL.* again\.$"):
         next(loader.batches(0))
+    with pytest.raises(DataFailed, match=r"^S3 failed 3 times in a row: .*see AWS_ENDPOINT_URL.* again\.$"):
+        next(iter(CentralBatches(in_s3, 32, Normalise([0.5], [0.5], CPU), CPU, 1, 8)))
     with pytest.raises(s3.StorageDown):
         list(verify(in_s3, progress=False))
     assert "Could not connect" in refusal(lambda: pair(kind, disk, bucket, tmp_path / "index"))

@@ -1,6 +1,7 @@
 """Probes of frozen features: against plain arithmetic, and the command on real photographs."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,12 +102,20 @@ def test_the_command_probes_runs_and_exports_alike(
 
 @pytest.mark.slow
 def test_a_run_probes_itself_as_the_command_probes_it(labelled: Path, small_run: list[str], tmp_path: Path) -> None:
-    run, options = tmp_path / "run", [f"probe.data={labelled}", "probe.every=1", "train.max_steps=9"]
+    """One of the images of each set is broken."""
+    run, data = tmp_path / "run", shutil.copytree(labelled, tmp_path / "data")
+    broken = [sorted((data / part).glob("*/*.jpg"))[20] for part in ("train", "val")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    options = [f"probe.data={data}", "probe.every=1", "train.max_steps=9"]
     tasks(*small_run, f"run_dir={run}", f"data.root={labelled}/train", "train.log_every=9", *options)
     judged = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in judged] == [7, 9], "225 images are 7 steps of 32"
-    done = typed("launch/probe.py", run, "--data", labelled, "--index-dir", tmp_path, "--batch", 8)
-    assert json.loads(done.stdout.splitlines()[-1])["knn"] == judged[-1]["knn"], done.stderr
+    done = typed("launch/probe.py", run, "--data", data, "--index-dir", tmp_path, "--batch", 8)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["knn"], found["train"], found["val"]) == (judged[-1]["knn"], 224, 72), done.stderr
+    for said, times in (((run / "train.log").read_text(), 2), (done.stderr, 1)):
+        assert all(said.count(f"{path.parent.name}/{path.name} is left out") == times for path in broken)
 
 
 MISTAKES = {

@@ -222,6 +222,20 @@ def test_every_image_is_counted_once_by_any_number_of_processes(straight: Path, 
     assert best["top1"] > 2 / 13, "twice chance"
 
 
+def test_a_broken_image_to_judge_by_is_left_out_and_named_by_the_first_rank(
+    straight: Path, labelled: Path, options: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(labelled, tmp_path / "data")
+    data = [f"data.root={tmp_path / 'data'}", f"data.index_dir={tmp_path / 'index'}"]
+    _, val = open_labelled(load_finetune_config([*options, "run_dir=UNUSED", *data]).data)
+    name = val.images.name(20)  # of the second batch of 16, which is the second rank's
+    path = tmp_path / "data" / "val" / name
+    path.write_bytes(path.read_bytes()[:300])
+    printed = tasks(*options, *data, f"init={straight}", "eval_only=true", script=SCRIPT)
+    assert printed.count(f"{name} is left out of the evaluation, for it cannot be decoded (") == 1
+    assert json.loads(printed.splitlines()[-1])["images"] == 72
+
+
 def test_the_export_tells_what_the_run_reported(straight: Path, labelled: Path) -> None:
     """By timm and PIL alone."""
     model = timm.create_model(f"local-dir:{straight / 'timm'}", pretrained=True).eval()
@@ -292,18 +306,10 @@ def bare_image(root: Path) -> None:
     (root / "train" / "bare.png").symlink_to(next((root / "train").glob("*/*.png")))
 
 
-def broken_image(root: Path) -> None:
-    path = next((root / "val").glob("*/*.jpg"))
-    whole = path.read_bytes()
-    path.unlink()
-    path.write_bytes(whole[: len(whole) // 3])
-
-
 MISTAKES: dict[str, tuple[Callable[[Path], None] | str, str]] = {
     "val has another class": (other_class, "have the class zebra, which those to learn from lack"),
     "one class": (one_class, "holds one class to learn from, kept; give at least two"),
     "no label": (bare_image, "train have no class, the first is bare.png"),
-    "an image to judge by is broken": (broken_image, "cannot be decoded; python launch/index.py DIR --verify"),
     "init of another size": ("init=RUN model=base model.img_size=224", "holds mixmim_tiny, not mixmim_base"),
     "init is nothing": ("init=nowhere", "nowhere is no folder"),
     "init has no classifier": ("init=random:tiny eval_only=true run_dir=", "init=random:tiny tells 0 classes"),
