@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -65,12 +67,17 @@ def start(*overrides: str) -> subprocess.Popen[str]:
 
 
 def read_until(process: subprocess.Popen[str], words: str) -> str:
-    """Waits for a line with the words; returns all lines so far."""
+    """Waits for a line with the words, five minutes at most; returns all lines so far."""
     lines = ""
-    for line in process.stdout:
-        lines += line
-        if words in line:
-            return lines
+    watchdog = threading.Timer(300, os.killpg, (process.pid, signal.SIGKILL))
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            lines += line
+            if words in line:
+                return lines
+    finally:
+        watchdog.cancel()
     raise AssertionError(f"{words!r} never came: {lines}")
 
 

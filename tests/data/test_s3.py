@@ -1,9 +1,9 @@
 """S3, here a server on loopback that speaks its protocol: the same images, rows and pixels as from a disk."""
 
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,7 +114,7 @@ def test_a_server_that_is_down_blames_no_image(
     server = serve()
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint_of(server))
     monkeypatch.setattr(s3, "ATTEMPTS", 1)
-    monkeypatch.setattr(recover, "DOWN_S", 1)
+    monkeypatch.setattr(recover, "time", SimpleNamespace(sleep=lambda seconds: None))
     forget()
     on_disk, in_s3 = pair(kind, disk, bucket, tmp_path / "index")
     (expected,) = global_batches(on_disk, 1, start=0, steps=1)
@@ -127,11 +127,12 @@ def test_a_server_that_is_down_blames_no_image(
     with pytest.raises(s3.StorageDown):
         list(verify(in_s3, progress=False))
     assert "Could not connect" in refusal(lambda: pair(kind, disk, bucket, tmp_path / "index"))
-    coming_back = threading.Timer(0.5, serve, [server.get_host_and_port()[1]])
-    coming_back.start()
+    port, back = server.get_host_and_port()[1], []
+    monkeypatch.setattr(recover, "time", SimpleNamespace(sleep=lambda seconds: back.append(serve(port))))
     (batches,) = read([loader], start=0, steps=1)
     assert_same(batches, expected)
     assert loader.bad == {}
+    back[0].stop()
 
 
 # Mistakes of users

@@ -19,14 +19,13 @@ from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.evaluate.features import Vectors, View, extract, load_encoder
 from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours, fit
 
-DICE = torch.Generator().manual_seed(0)
 CPU = torch.device("cpu")
 
 
-def clouds(count: int, spread: float) -> Vectors:
-    """Vectors around five directions."""
-    labels = torch.arange(count) % 5
-    return Vectors(torch.eye(5, 8)[labels] + spread * torch.randn(count, 8, generator=DICE), labels)
+def clouds(count: int, spread: float, around: float = 1.0) -> Vectors:
+    """Vectors around five directions, other ones for another count; around=0: noise."""
+    labels, dice = torch.arange(count) % 5, torch.Generator().manual_seed(count)
+    return Vectors(around * torch.eye(5, 8)[labels] + spread * torch.randn(count, 8, generator=dice), labels)
 
 
 def test_neighbours_vote_as_a_plain_loop_counts() -> None:
@@ -53,8 +52,7 @@ def test_the_classifier_is_at_the_minimum_of_its_loss() -> None:
 
 def test_classes_that_a_line_parts_are_told_and_noise_is_not() -> None:
     assert accuracy_of_classifier(clouds(200, 0.05), clouds(100, 0.05))[0] == 1
-    noise = Vectors(torch.randn(2000, 8, generator=DICE), torch.arange(2000) % 5)
-    accuracy, _ = accuracy_of_classifier(noise, Vectors(torch.randn(1000, 8, generator=DICE), torch.arange(1000) % 5))
+    accuracy, _ = accuracy_of_classifier(clouds(2000, 1, around=0), clouds(1000, 1, around=0))
     assert abs(accuracy - 0.2) < 0.06  # five standard deviations of a thousand guesses
 
 

@@ -13,8 +13,6 @@ from PIL import Image
 
 from mixmim_ds.data.index import open_index
 
-DICE = np.random.default_rng(0)
-
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, dict[str, tuple[np.ndarray, ...]]]:
@@ -22,10 +20,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, 
     spec = importlib.util.spec_from_file_location("pictures", ROOT / "launch" / "pictures.py")
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
-    parts, held = {}, {}
+    parts, held, dice = {}, {}, np.random.default_rng(0)
     for part, (name, count) in {"train": ("train", 60), "val": ("t10k", 30)}.items():
-        images = DICE.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = DICE.permutation(np.arange(count) % 10).astype(np.uint8)
+        images = dice.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = dice.permutation(np.arange(count) % 10).astype(np.uint8)
         sums = []
         for file, header, values in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
             packed = gzip.compress(bytes(header) + values.tobytes())

@@ -29,10 +29,6 @@ def test_size_and_work_are_the_papers(name: str) -> None:
     assert f"{(model.macs() + model.num_features * 1000) / 1e9:.1f}" == gmacs
 
 
-def test_every_size_is_registered() -> None:
-    assert set(timm.list_models("mixmim_*")) == {*SIZES, "mixmim_tiny"}
-
-
 @pytest.mark.parametrize("img_size", FEATURES)
 def test_tiny_fits_every_multiple_of_a_cell(img_size: int) -> None:
     model = timm.create_model("mixmim_tiny", img_size=img_size, num_classes=5).eval()
@@ -59,30 +55,6 @@ def test_position_table_is_the_reference_and_travels_with_the_weights() -> None:
     torch.testing.assert_close(model.absolute_pos_embed, reference.sincos_table(16, 16, 32).float())
     assert "absolute_pos_embed" in model.state_dict()
     assert not any("relative_position_index" in name for name in model.state_dict())
-
-
-def test_timm_feature_extraction() -> None:
-    images = torch.randn(2, 3, 64, 64)
-    model = timm.create_model("mixmim_tiny", img_size=64).eval()
-    final, maps = model.forward_intermediates(images)
-    assert [tuple(m.shape[1:]) for m in maps] == [(32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2)]
-    torch.testing.assert_close(final, model.forward_features(images))
-    extractor = timm.create_model("mixmim_tiny", img_size=64, features_only=True, out_indices=(1, 3))
-    assert extractor.feature_info.channels() == [64, 256] and extractor.feature_info.reduction() == [8, 32]
-    assert [tuple(m.shape[1:]) for m in extractor(images)] == [(64, 8, 8), (256, 2, 2)]
-    assert model.prune_intermediate_layers([1]) == [1]
-    torch.testing.assert_close(model.forward_features(images).permute(0, 3, 1, 2), maps[1])
-
-
-def test_timm_classifier_and_layer_groups() -> None:
-    model = timm.create_model("mixmim_tiny", img_size=64)
-    model.reset_classifier(7)
-    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 7) and model.get_classifier().out_features == 7
-    assert model.forward_head(torch.randn(1, 2, 2, 256), pre_logits=True).shape == (1, 256)
-    groups = timm.models.group_parameters(model, model.group_matcher())
-    layer = {name: number for number, names in groups.items() for name in names}
-    assert layer["layers.1.downsample.reduction.weight"] == layer["layers.1.blocks.0.norm1.weight"]
-    assert layer["patch_embed.proj.weight"] == 0 and layer["layers.0.blocks.0.norm1.weight"] == 1
 
 
 @pytest.mark.parametrize(

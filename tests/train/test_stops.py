@@ -24,7 +24,7 @@ def test_signals_to_one_rank_stop_all_with_everything_saved(small_run: list[str]
     read_until(process, "step 3/20")
     rank = ranks_of(process)[1]
     signals = itertools.cycle([signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, FileNotFoundError):
         while Path(f"/proc/{rank}/cmdline").read_bytes():  # empty once it has ended
             os.kill(rank, next(signals))
     printed, _ = process.communicate(timeout=120)
@@ -49,8 +49,9 @@ def kill(process: subprocess.Popen[str], whom: str, dice: random.Random) -> None
         with suppress(ProcessLookupError):  # it was done by then
             os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    while ranks_of(process):
-        pass
+    end = time.monotonic() + 60
+    while ranks := ranks_of(process):
+        assert time.monotonic() < end, f"these ranks live on: {ranks}"
 
 
 def test_killed_at_random_moments_a_run_loses_no_checkpoint(small_run: list[str], twenty: Path, tmp_path: Path) -> None:
