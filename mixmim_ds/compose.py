@@ -40,7 +40,12 @@ def _compose(name: str, schema: type[RunConfig], overrides: list[str]) -> Any:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return OmegaConf.to_object(compose(name, [_with_quotes(each) for each in overrides]))
+            composed = compose(name, [_with_quotes(each) for each in overrides])
+        known = _names(OmegaConf.structured(schema))
+        unknown = min(_names(composed) - known, default=None)  # Hydra adds whatever stands behind a +
+        if unknown:
+            raise ValueError(_no_option(unknown, known))
+        return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, schema)) from error
 
@@ -53,6 +58,17 @@ def _with_quotes(override: str) -> str:
     return "{}='{}'".format(option, value.replace("'", "\\'"))
 
 
+def _names(options: Any) -> set[str]:
+    """The options of a config by dotted name."""
+    nested: Any = OmegaConf.to_container(options)
+    return set(flatten(nested))
+
+
+def _no_option(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known | {"model", "data"}), 1, 0.5)
+    return f"{name} is no option" + (f"; did you mean {near[0]}?" if near else ".")
+
+
 def _explain(error: Exception, schema: type[RunConfig]) -> str:
     """Hydra's complaint of several lines, as one sentence that names the option."""
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
@@ -60,9 +76,7 @@ def _explain(error: Exception, schema: type[RunConfig]) -> str:
         return f"{error.override} is not of the form key=value (quote values that hold = or a comma)."
     unknown = re.match(r"Could not override '([^']+)'", text)
     if unknown:
-        known: Any = OmegaConf.to_container(OmegaConf.structured(schema))
-        near = difflib.get_close_matches(unknown[1], [*flatten(known), "model", "data"], 1, 0.5)
-        return f"{unknown[1]} is no option" + (f"; did you mean {near[0]}?" if near else ".")
+        return _no_option(unknown[1], _names(OmegaConf.structured(schema)))
     group = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if group:
         choices = sorted(path.stem for path in (CONF / group[1]).glob("*.yaml"))

@@ -73,6 +73,9 @@ def test_the_authors_recipe_is_the_default_but_for_its_length() -> None:
         ("activation_checkpointing=some", "activation_checkpointing=some must be one of none, selective, full"),
         ("+experiment=none_such", "experiment=none_such must be one of finetune_b"),
         ("data=synthetic", "data.root has no effect with data=synthetic"),
+        ("+optim.lr=1", "optim.lr is no option; did you mean optim."),
+        ("+lr=3", "lr is no option."),
+        ("++train.lr=3", "train.lr is no option"),
         ("train.epochs", "train.epochs is not of the form key=value"),
     ],
 )
