@@ -10,10 +10,11 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixmim_ds.config import ROOT, PretrainConfig, RunConfig, flatten
+from mixmim_ds.config import ROOT, PretrainConfig, RunConfig, flatten, one_of
 from mixmim_ds.finetune_config import FinetuneConfig
 
 CONF = ROOT / "launch" / "conf"
+RECIPES = {"pretrain": "mixmim_*.yaml", "finetune": "finetune_*.yaml"}  # those of each script in CONF/experiment
 MISSING_MEANS = {
     "run_dir": "the folder that the run is kept in",
     "init": "an exported folder or a run to start from, or init=random to start from scratch",
@@ -40,7 +41,7 @@ def _compose(name: str, schema: type[RunConfig], overrides: list[str]) -> Any:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose(name, [_with_quotes(each) for each in overrides])
+            composed = compose(name, [_with_quotes(each) for each in _with_recipe(name, overrides)])
         known = _names(OmegaConf.structured(schema))
         unknown = min(_names(composed) - known, default=None)  # Hydra adds whatever stands behind a +
         if unknown:
@@ -48,6 +49,17 @@ def _compose(name: str, schema: type[RunConfig], overrides: list[str]) -> Any:
         return OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, schema)) from error
+
+
+def _with_recipe(name: str, overrides: list[str]) -> list[str]:
+    """The overrides with one recipe at most: the last that is given, as experiment=NAME or, in Hydra's words, with a +.
+    A job's own recipe stands before the user's."""
+    given = [each for each in overrides if each.partition("=")[0].lstrip("+") == "experiment"]
+    if not given:
+        return overrides
+    recipe = given[-1].partition("=")[2]
+    one_of("experiment", recipe, tuple(sorted(path.stem for path in (CONF / "experiment").glob(RECIPES[name]))))
+    return [*(each for each in overrides if each not in given), f"+experiment={recipe}"]
 
 
 def _with_quotes(override: str) -> str:

@@ -55,6 +55,16 @@ def test_the_authors_recipe_is_the_default_but_for_its_length() -> None:
     assert recipe.train.global_batch == 2048 and recipe.optim.base_lr == 1.5e-4 and recipe.optim.betas == [0.9, 0.95]
 
 
+def test_the_last_recipe_holds_with_a_plus_or_without() -> None:
+    for words in (
+        ["experiment=mixmim_b_300"],
+        ["+experiment=mixmim_b", "experiment=mixmim_h", "+experiment=mixmim_b_300"],
+    ):
+        assert load_config([*RUN, *words]) == load_config([*RUN, "+experiment=mixmim_b_300"])
+    with pytest.raises(ValueError, match="experiment=mixmim_b must be one of finetune_b, finetune_b_384, finetune_h"):
+        load_finetune_config([*RUN, "init=random", "experiment=mixmim_b"])
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -71,7 +81,8 @@ def test_the_authors_recipe_is_the_default_but_for_its_length() -> None:
         ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers"),
         ("precision=int8", "precision=int8 must be one of bf16, fp32, fp16"),
         ("activation_checkpointing=some", "activation_checkpointing=some must be one of none, selective, full"),
-        ("+experiment=none_such", "experiment=none_such must be one of finetune_b"),
+        ("experiment=none_such", "experiment=none_such must be one of mixmim_b, mixmim_b_300, mixmim_h, mixmim_h_300"),
+        ("+experiment=finetune_b", "experiment=finetune_b must be one of mixmim_b, mixmim_b_300, mixmim_h, "),
         ("data=synthetic", "data.root has no effect with data=synthetic"),
         ("+optim.lr=1", "optim.lr is no option; did you mean optim."),
         ("+lr=3", "lr is no option."),

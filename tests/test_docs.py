@@ -44,12 +44,12 @@ def sections(title: str) -> list[str]:
 
 
 def overrides_of(command: list[str]) -> list[str]:
-    """The run's options, which stand behind the script; a job adds its recipe and run folder."""
+    """The run's options, which stand behind the script; a job puts its recipe and run folder before them."""
     (place,) = (i for i, word in enumerate(command) if word.startswith("launch/"))
     script = command[place]
     words = [word for word in command[place + 1 :] if word != "..."]
     if script.startswith("launch/mixmim_"):
-        words += [f"+experiment={script.removeprefix('launch/').removesuffix('.slurm')}", "run_dir=runs/JOB"]
+        words = [f"+experiment={script.removeprefix('launch/').removesuffix('.slurm')}", "run_dir=runs/JOB", *words]
     return words
 
 
