@@ -16,8 +16,9 @@ run_job() {
     shift
     local run_dir=runs/$SLURM_JOB_NAME logs word
     for word in "$@"; do
-        [[ $word == run_dir=* ]] && run_dir=${word#run_dir=}
+        [[ $word =~ ^\+{0,2}run_dir=(.*)$ ]] && run_dir=${BASH_REMATCH[1]}
     done
+    [[ $run_dir =~ ^\~(/|$) ]] && run_dir=$HOME${run_dir:1} # as mixmim_ds/compose.py does
     run_dir+=${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID} # the jobs of an array are runs of their own
     set -- "$@" "run_dir=$run_dir"
     logs=$run_dir/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}

@@ -1,6 +1,7 @@
 """From words on a command line to the options of a run, by Hydra."""
 
 import difflib
+import os
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from mixmim_ds.config import ROOT, PretrainConfig, RunConfig, flatten, one_of
 from mixmim_ds.finetune_config import FinetuneConfig
 
 CONF = ROOT / "launch" / "conf"
+PATHS = {"run_dir", "init", "ds", "data.root", "data.val", "data.index_dir", "probe.data"}
 RECIPES = {"pretrain": "mixmim_*.yaml", "finetune": "finetune_*.yaml"}  # those of each script in CONF/experiment
 MISSING_MEANS = {
     "run_dir": "the folder that the run is kept in",
@@ -63,11 +65,13 @@ def _with_recipe(name: str, overrides: list[str]) -> list[str]:
 
 
 def _with_quotes(override: str) -> str:
-    """The override, `data.root` in quotes: braces, brackets and commas of a pattern mean something else to Hydra."""
+    """The override, a path in quotes, for much that names and patterns hold means something else to Hydra; a home
+    folder at its beginning, ~, is written out, which shells do not do behind a =."""
     option, _, value = override.partition("=")
-    if option != "data.root" or value in ("", "null") or value[0] in "'\"":
+    if option.lstrip("+") not in PATHS or value in ("", "null") or value[0] in "'\"":
         return override
-    return "{}='{}'".format(option, value.replace("'", "\\'"))
+    literal = re.sub(r"\\+(?='|\Z)", r"\g<0>\g<0>", os.path.expanduser(value)).replace("'", "\\'")
+    return f"{option}='{literal}'"
 
 
 def _names(options: Any) -> set[str]:

@@ -1,12 +1,13 @@
 """The options: schema, recipes, what identifies a run."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from mixmim_ds.compose import CONF, load_config, load_finetune_config
+from mixmim_ds.compose import CONF, PATHS, load_config, load_finetune_config
 from mixmim_ds.config import FREE, PretrainConfig, flatten, identity
 from mixmim_ds.finetune_config import FinetuneConfig
 
@@ -109,6 +110,20 @@ def test_a_value_out_of_bounds_is_one_sentence_that_names_the_option(override: s
 def test_the_pattern_of_shards_is_taken_as_it_is_written(written: str, meant: str | None) -> None:
     config = load_config(["run_dir=DIR", "data=shards", f"data.root={written}"])
     assert (config.data.kind, config.data.root) == ("shards", meant or written)
+
+
+@pytest.mark.parametrize("option", sorted(PATHS))
+def test_a_path_is_taken_as_it_is_written_and_a_home_folder_is_found(option: str) -> None:
+    path = Path.home() / "é=(1) [2]{3},'4'\\.json"
+    path.parent.mkdir(exist_ok=True)
+    path.touch()  # ds must be a file
+    for written in (path, f"~/{path.name}"):
+        config: PretrainConfig | FinetuneConfig
+        if option == "probe.data":
+            config = load_config([*RUN, f"{option}={written}"])
+        else:
+            config = load_finetune_config([*RUN, "init=random", f"{option}={written}"])
+        assert flatten(asdict(config))[option] == str(path)
 
 
 def test_shards_without_a_pattern_are_one_sentence() -> None:

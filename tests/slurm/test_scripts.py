@@ -1,5 +1,6 @@
-"""The shell scripts as text."""
+"""The shell scripts, without a cluster."""
 
+import os
 import shutil
 import subprocess
 
@@ -20,3 +21,29 @@ def test_bash_and_shellcheck_find_nothing(script: object) -> None:
         pytest.skip("would look for mistakes in the shell scripts; shellcheck missing (make test installs it as root)")
     found = subprocess.run(["shellcheck", "--external-sources", script], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+# What a job does before it asks anything of the cluster, with the cluster's answers made up.
+BEGINNING = """
+source launch/common.sh
+activate() { :; }; count_tasks() { tasks=1 cpus=1; }; set_environment() { :; }; note_start() { :; }
+check_nodes() { printf '%s\\n' "$run_dir" "${@: -1}"; exit; }
+run_job launch/pretrain.py "$@"
+"""
+JOB = {"SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1", "HOME": "/home/me"}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("a=b", "runs/job"),
+        ("run_dir=/é=(1) [2]{3}", "/é=(1) [2]{3}"),
+        ("++run_dir=/x", "/x"),
+        ("run_dir=~/x", "/home/me/x"),
+    ],
+)
+def test_a_job_and_its_run_agree_on_the_folder(written: str, meant: str) -> None:
+    command = ["bash", "-c", BEGINNING, "job", written]
+    found = subprocess.run(command, cwd=ROOT, env=os.environ | JOB, capture_output=True, text=True, check=True)
+    folder, word = found.stdout.splitlines()[-2:]
+    assert (folder, word) == (meant, f"run_dir={meant}")
