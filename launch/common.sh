@@ -18,6 +18,7 @@ run_job() {
     for word in "$@"; do
         [[ $word =~ ^\+{0,2}run_dir=(.*)$ ]] && run_dir=${BASH_REMATCH[1]}
     done
+    [[ -n $run_dir ]] || fail "run_dir is not set; add run_dir=DIR, the folder that the run is kept in."
     [[ $run_dir =~ ^\~(/|$) ]] && run_dir=$HOME${run_dir:1} # as mixmim_ds/compose.py does
     run_dir+=${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID} # the jobs of an array are runs of their own
     set -- "$@" "run_dir=$run_dir"

@@ -17,10 +17,6 @@ from mixmim_ds.finetune_config import FinetuneConfig
 CONF = ROOT / "launch" / "conf"
 PATHS = {"run_dir", "init", "ds", "data.root", "data.val", "data.index_dir", "probe.data"}
 RECIPES = {"pretrain": "mixmim_*.yaml", "finetune": "finetune_*.yaml"}  # those of each script in CONF/experiment
-MISSING_MEANS = {
-    "run_dir": "the folder that the run is kept in",
-    "init": "an exported folder or a run to start from, or init=random to start from scratch",
-}
 
 
 def load_config(overrides: list[str]) -> PretrainConfig:
@@ -97,9 +93,6 @@ def _explain(error: Exception, schema: type[RunConfig]) -> str:
     if group:
         choices = sorted(path.stem for path in (CONF / group[1]).glob("*.yaml"))
         return f"{group[1]}={group[2]} must be one of {', '.join(choices)}."
-    missing = re.match(r"Structured config of type `\w+` has missing mandatory value: (\w+)", text)
-    if missing:
-        return f"{missing[1]} is not set; add {missing[1]}=DIR, {MISSING_MEANS[missing[1]]}."
     cause = str(error.__cause__ or error)
     key = re.search(r"full_key: (\S+)", cause)
     return f"{key[1]}: {cause.splitlines()[0].rstrip('.')}." if key else text

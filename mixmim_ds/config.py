@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -19,6 +17,11 @@ def require(holds: bool, sentence: str) -> None:
 def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     """ValueError unless the option's value is one of the choices."""
     require(value in choices, f"{option}={value} must be one of {', '.join(choices)}.")
+
+
+def given(option: str, value: str, meaning: str) -> None:
+    """ValueError unless the option has a value; run_dir="$UNSET" has none."""
+    require(bool(value), f"{option} is not set; add {option}=DIR, {meaning}.")
 
 
 def positive(section: str, options: Any, names: str) -> None:
@@ -148,7 +151,7 @@ class OptimConfig:
 class RunConfig:
     """What pretraining and fine-tuning have in common; the engine's mechanics are in `ds`."""
 
-    run_dir: str = MISSING
+    run_dir: str = ""  # the folder that the run is kept in
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -202,6 +205,7 @@ class PretrainConfig(RunConfig):
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def __post_init__(self) -> None:
+        given("run_dir", self.run_dir, "the folder that the run is kept in")
         super().__post_init__()
         even(self.train, "images are mixed in pairs")
 

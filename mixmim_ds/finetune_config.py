@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
-from mixmim_ds.config import DataConfig, OptimConfig, RunConfig, even, positive, require
+from mixmim_ds.config import DataConfig, OptimConfig, RunConfig, even, given, positive, require
 
 
 @dataclass
@@ -74,8 +72,7 @@ class FinetuneOptimConfig(OptimConfig):
 class FinetuneConfig(RunConfig):
     """A fine-tuning run."""
 
-    run_dir: str = ""
-    init: str = MISSING  # an exported folder, a run or one of its checkpoints; random = from scratch
+    init: str = ""  # an exported folder, a run or one of its checkpoints; random = from scratch
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
@@ -84,11 +81,11 @@ class FinetuneConfig(RunConfig):
     eval_only: bool = False  # judge the classifier that init is, and stop
 
     def __post_init__(self) -> None:
+        meaning = "an exported folder or a run to start from, or init=random to start from scratch"
+        given("init", self.init, meaning)
         super().__post_init__()
-        require(
-            bool(self.run_dir) or self.eval_only,
-            "run_dir is not set; add run_dir=DIR, the folder that the run is kept in.",
-        )
+        if not self.eval_only:
+            given("run_dir", self.run_dir, "the folder that the run is kept in")
         require(
             not (self.run_dir and self.eval_only),
             f"run_dir={self.run_dir} has no effect with eval_only=true; remove it.",

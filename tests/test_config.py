@@ -88,6 +88,7 @@ def test_the_last_recipe_holds_with_a_plus_or_without() -> None:
         ("+optim.lr=1", "optim.lr is no option; did you mean optim."),
         ("+lr=3", "lr is no option."),
         ("++train.lr=3", "train.lr is no option"),
+        ("run_dir=", "run_dir is not set; add run_dir=DIR, the folder that the run is kept in."),
         ("train.epochs", "train.epochs is not of the form key=value"),
     ],
 )
@@ -129,6 +130,18 @@ def test_a_path_is_taken_as_it_is_written_and_a_home_folder_is_found(option: str
 def test_shards_without_a_pattern_are_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"data\.root is not set; .*, or of tar files their pattern, data\.root='DIR"):
         load_config(["run_dir=DIR", "data=shards"])
+
+
+def test_fine_tuning_without_run_dir_or_init_is_one_sentence() -> None:
+    for words, sentence in (
+        (
+            ["init=", "run_dir=DIR"],
+            "init is not set; add init=DIR, an exported folder or a run to start from, or init=",
+        ),
+        (["init=random", "run_dir="], "run_dir is not set; add run_dir=DIR, the folder"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_finetune_config(["data.root=DIR", *words])
 
 
 def test_a_ds_file_of_ones_own_is_taken_by_path(tmp_path: Path) -> None:

@@ -47,3 +47,10 @@ def test_a_job_and_its_run_agree_on_the_folder(written: str, meant: str) -> None
     found = subprocess.run(command, cwd=ROOT, env=os.environ | JOB, capture_output=True, text=True, check=True)
     folder, word = found.stdout.splitlines()[-2:]
     assert (folder, word) == (meant, f"run_dir={meant}")
+
+
+def test_a_job_without_a_run_folder_is_one_sentence() -> None:
+    """As where a variable of the shell that submits is not set."""
+    command = ["bash", "-c", BEGINNING, "job", "run_dir="]
+    found = subprocess.run(command, cwd=ROOT, env=os.environ | JOB, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "") and found.stderr.startswith("error: run_dir is not set; add")

@@ -312,7 +312,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None] | str, str]] = {
     "init of another size": ("init=RUN model=base model.img_size=224", "holds mixmim_tiny, not mixmim_base"),
     "init is nothing": ("init=nowhere", "nowhere is no folder"),
     "init has no classifier": ("init=random:tiny eval_only=true run_dir=", "init=random:tiny tells 0 classes"),
-    "no init": ("init=???", "init is not set; add init=DIR, an exported folder or a run"),
+    "no init": ("init=", "init is not set; add init=DIR, an exported folder or a run"),
     "odd micro-batch": ("train.micro_batch=15 train.global_batch=30", "augment.cutmix mix images in pairs"),
     "words that timm does not know": ("augment.rand_augment=auto", "augment.rand_augment=auto is not what timm"),
     "no labels in random pixels": ("data=synthetic", "data=synthetic has no labels"),
