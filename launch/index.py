@@ -21,6 +21,8 @@ from mixmim_ds.data.s3_folder import S3Index, open_folder
 from mixmim_ds.data.storage import place_of
 from mixmim_ds.data.verify import KINDS, verify
 
+PER_SHARD = 10_000
+
 
 def describe(index: Index | S3Index, place: Path) -> str:
     """What the index holds, a line each."""
@@ -54,7 +56,7 @@ def pack_folder(arguments: argparse.Namespace, index_dir: Path) -> str:
     if is_s3(arguments.root) or is_s3(arguments.out):
         raise ValueError("--pack reads and writes folders on disk: copy from and to s3:// with `aws s3 sync`.")
     index, out = open_index(Path(arguments.root), index_dir, progress=True), Path(arguments.out)
-    shards = pack(index, out, arguments.per_shard, progress=True)
+    shards = pack(index, out, PER_SHARD if arguments.per_shard is None else arguments.per_shard, progress=True)
     left_out = f" ({len(index.broken):,} broken files left out)" if index.broken else ""
     pattern = out.resolve() / f"train-{{000000..{len(shards) - 1:06}}}.tar"
     return (
@@ -71,7 +73,7 @@ def main() -> int:
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--verify", action="store_true", help="decode every image; exit code 1 if one is broken")
     task.add_argument("--pack", action="store_true", help="write the images of DIR as tar shards")
-    parser.add_argument("--per-shard", type=int, default=10_000, help="images of a shard (default: %(default)s)")
+    parser.add_argument("--per-shard", type=int, metavar="N", help=f"images of a shard (default: {PER_SHARD})")
     parser.add_argument("--index-dir", type=Path, default=DataConfig.index_dir, help="default: %(default)s")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names need not be UTF-8
@@ -80,6 +82,8 @@ def main() -> int:
         if arguments.pack:
             print(pack_folder(arguments, index_dir))
             return 0
+        if arguments.out is not None or arguments.per_shard is not None:
+            raise ValueError("OUT and --per-shard have no effect without --pack; add it or leave them out.")
         index = open_folder(arguments.root, index_dir, progress=True)
         print(describe(index, place_of(index_dir, os.fsencode(index.root))))
         return int(arguments.verify and list_findings(index))

@@ -18,6 +18,8 @@ from mixmim_ds.finetune_config import LabelledDataConfig
 
 def probe(arguments: argparse.Namespace) -> dict[str, object]:
     """Both accuracies and what they are of. ValueError on a user's mistake."""
+    if arguments.batch < 1:
+        raise ValueError(f"--batch {arguments.batch} must be positive.")
     # Here, for a mistake in the words need not wait for the seconds that DALI takes.
     from mixmim_ds.data.central import tell_left_out
     from mixmim_ds.data.labelled import open_labelled

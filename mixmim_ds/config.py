@@ -82,6 +82,10 @@ class DataConfig:
             ends = getattr(self, name)
             ordered = len(ends) == 2 and 0 < ends[0] <= ends[1]
             require(ordered, f"data.{name}={ends} must be two positive numbers, the smaller first.")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            require(len(values) == 3, f"data.{name}={values} must be three numbers, of red, green and blue.")
+        require(min(self.std) > 0, f"data.std={self.std} must be positive numbers.")
         require(self.crop_scale[1] <= 1, f"data.crop_scale={self.crop_scale} must not exceed 1, the whole image.")
 
 

@@ -168,8 +168,20 @@ class MixMIM(nn.Module):
 
 
 def build_model(options: "ModelConfig") -> MixMIM:
-    """The model that a run's options describe, with random weights. ValueError as `MixMIM`."""
-    return MixMIM(
+    """The model that a run's options describe, with random weights.
+
+    Raises:
+        ValueError: as `MixMIM`, or the mask would hide no cell, or all.
+    """
+    model = MixMIM(
         options.encoder, options.img_size, options.decoder_dim, options.decoder_depth, options.decoder_num_heads,
         options.norm_pix_loss, options.group_attention, options.dual_reconstruction,
     )  # fmt: skip
+    cells = model.grid[0] * model.grid[1]
+    hidden = int(cells * options.mask_ratio)
+    if not 0 < hidden < cells:
+        raise ValueError(
+            f"model.mask_ratio={options.mask_ratio} hides {hidden} of the {cells} cells of {CELL} pixels that "
+            f"model.img_size={options.img_size} has; it must hide at least one and leave at least one."
+        )
+    return model

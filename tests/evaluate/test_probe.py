@@ -120,6 +120,7 @@ MISTAKES = {
     "random:giant": "random:giant names no size",
     "nowhere": "nowhere is no folder",
     "--img-size 100": "img_size",
+    "--batch 0": "--batch 0 must be positive",
     "--stage 5": "--stage 5 must be one of 1 to 4",
     "--stage 2 --no-norm": "--no-norm has no effect with --stage 2",
     "--data TMP": "does not exist",

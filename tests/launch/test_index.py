@@ -106,6 +106,12 @@ def test_odd_images_are_listed_and_are_no_failure(look: Callable, copy: Path) ->
     assert done.stdout.splitlines()[-1] == "309 files: 0 broken, 1 too small, 1 too large, 5 odd"
 
 
+@pytest.mark.parametrize("words", [["OUT"], ["--per-shard", 10], ["OUT", "--verify"]], ids=str)
+def test_words_for_packing_are_refused_where_nothing_is_packed(look: Callable, copy: Path, words: list[object]) -> None:
+    done = look(copy, *words)
+    assert (done.returncode, done.stdout) == (2, "") and "have no effect without --pack" in done.stderr
+
+
 def test_mistakes_are_one_line(look: Callable, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder, sentence in (("nowhere", "does not exist"), ("empty", "holds no image")):

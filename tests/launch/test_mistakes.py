@@ -20,6 +20,7 @@ MISTAKES = {
     "more than the images": (["train.global_batch=4096"], "train.global_batch"),
     "unknown model": (["model=giant"], "model=giant must be one of base, base_384, huge"),
     "image size without cells": (["model.img_size=100"], "img_size=100x100 must be a multiple of 32"),
+    "a mask of nothing": (["model.mask_ratio=0.2"], "model.mask_ratio=0.2 hides 0 of the 4 cells of 32 pixels"),
     "unknown ds": (["ds=zero9"], "ds=zero9 is no DeepSpeed config; choose one of zero1, zero2"),
     "compile under zero3": (["compile=true", "ds=zero3"], "compile=true does not go with ZeRO-3"),
 }
