@@ -8,6 +8,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.models import Classifier, MixMIM
@@ -45,26 +47,56 @@ def accumulation(config: RunConfig, processes: int) -> int:
 
 
 def zero_stage(config: RunConfig) -> int:
-    """The ZeRO stage of the file that `ds` names. ValueError if it is not 1, 2 or 3."""
-    stage = _mechanics(config.ds_path).get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
-        raise ValueError(
-            f"ds={config.ds} must set zero_optimization.stage to 1, 2 or 3; stage 0 takes a false first step in bf16."
-        )
+    """The ZeRO stage of the file that `ds` names: 1, 2 or 3. ValueError if a run cannot take the file."""
+    stage: int = _mechanics(config.ds_path)["zero_optimization"]["stage"]
     return stage
 
 
 def _mechanics(path: Path) -> dict[str, Any]:
+    """What the file sets. ValueError, in one sentence that begins with `ds: PATH`, if a run cannot take it."""
     try:
         settings = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"ds: {path} is no valid JSON ({error}).") from error
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise ValueError(f'ds: {path} must hold an object with another one in it: {{"zero_optimization": {{...}}}}.')
     for key in settings:
         if key in HYDRA_OWNED:
             raise ValueError(f"ds: {path} sets {key}, which belongs to the option {HYDRA_OWNED[key]}; take it out.")
         if key not in MECHANICS:
             raise ValueError(f"ds: {path} sets {key}, which DeepSpeed would ignore; take it out or correct it.")
+    if zero.get("stage") not in (1, 2, 3):
+        raise ValueError(
+            f"ds: {path} must set zero_optimization.stage to 1, 2 or 3; stage 0 takes a false first step in bf16."
+        )
+    parsed = _zero(path, zero)
+    if parsed.round_robin_gradients:
+        # DeepSpeed's safe_set functions, by which checkpoints are loaded, then write to other tensors.
+        raise ValueError(
+            f"ds: {path} sets zero_optimization.round_robin_gradients, which spoils resumed runs; take it out."
+        )
+    offload = parsed.offload_optimizer
+    if offload and offload.device != "none" and settings.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            f'ds: {path} sets zero_optimization.offload_optimizer, which wants "zero_force_ds_cpu_optimizer": false '
+            "beside zero_optimization; add that."
+        )
     return settings
+
+
+def _zero(path: Path, options: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """The options of ZeRO with DeepSpeed's defaults; its complaint of several lines is made one sentence."""
+    try:
+        return DeepSpeedZeroConfig(**options)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        option = ".".join(map(str, ("zero_optimization", *wrong["loc"])))
+        if wrong["type"] == "extra_forbidden":
+            said = f"sets {option}, which DeepSpeed does not know; take it out or correct it."
+        else:
+            said = f"sets {option} to {wrong['input']!r}: {wrong['msg']}."
+        raise ValueError(f"ds: {path} {said}") from error
 
 
 def engine_config(config: RunConfig, processes: int) -> dict[str, Any]:

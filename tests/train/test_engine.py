@@ -47,13 +47,31 @@ def test_a_shipped_file_joins_with_the_runs_options(path: Path) -> None:
         ('{"zero_optimisation": {"stage": 1}}', "sets zero_optimisation, which DeepSpeed would ignore"),
         ('{"zero_optimization": {"stage": 0}}', "must set zero_optimization.stage to 1, 2 or 3"),
         ("{", "is no valid JSON"),
+        ("[]", "must hold an object with another one in it"),
+        ('{"zero_optimization": 2}', "must hold an object with another one in it"),
+        ('{"zero_optimization": {"stage": 7}}', "must set zero_optimization.stage to 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 1, "reduce_buket_size": 1}}', "reduce_buket_size, which DeepSpeed does not"),
+        (
+            '{"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}}',
+            "sets zero_optimization.reduce_bucket_size to -1: Input should be greater than 0.$",
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"devize": "cpu"}}}',
+            "sets zero_optimization.offload_optimizer.devize, which DeepSpeed does not know",
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
+            'wants "zero_force_ds_cpu_optimizer": false beside zero_optimization',
+        ),
+        ('{"zero_optimization": {"stage": 1, "round_robin_gradients": true}}', "round_robin_gradients, which spoils"),
     ],
 )
 def test_a_file_that_sets_what_it_does_not_own_is_refused(content: str, sentence: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=f"ds: {path} .*{sentence}") as error:
         engine_config(config_with(f"ds={path}"), 1)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("ds", ["zero1", "zero2"])
