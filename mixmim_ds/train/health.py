@@ -18,15 +18,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mixmim_ds.checkpoints import steps_of
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.data.loader import plan_of
 from mixmim_ds.data.shards import Images, open_images
 from mixmim_ds.device import on_gpu
+from mixmim_ds.evaluate.features import load_encoder
 from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, build_model
 from mixmim_ds.train.distributed import RankFailed, RunFailed, World, connected, gather, rank_before_connecting
 from mixmim_ds.train.engine import Trained, engine_config
+from mixmim_ds.train.finetune import RANDOM
 from mixmim_ds.train.run_folder import check_run_folder, facts_of
 from mixmim_ds.train.slurm import PORTS, node, nodes
 
@@ -103,6 +106,8 @@ def _mistake(config: Config, size: int) -> str:
     """What is wrong with the options as the first node sees it, and would be anywhere; empty if nothing is."""
     try:
         engine_config(config, size)
+        _model_on_meta(config)
+        _check_init(config)
         images, facts = _open(config)
         if images:
             plan_of(config, images[0].sizes, (1, 1), 0.5)  # which wants images for a step
@@ -114,6 +119,20 @@ def _mistake(config: Config, size: int) -> str:
     except OSError as error:
         return f"run_dir={config.run_dir} cannot be written on {node()} ({error.strerror}); choose another run_dir."
     return ""
+
+
+def _model_on_meta(config: Config) -> Trained:
+    """The run's model: shapes without memory. ValueError if the options describe none."""
+    with torch.device("meta"):
+        if isinstance(config, FinetuneConfig):
+            return Classifier(config.model.encoder, config.model.img_size, classes=1000)
+        return build_model(config.model)
+
+
+def _check_init(config: Config) -> None:
+    """ValueError if fine-tuning is to start from what holds no encoder; a run that goes on needs it no more."""
+    if isinstance(config, FinetuneConfig) and config.init != RANDOM and not steps_of(Path(config.run_dir)):
+        load_encoder(config.init, config.train.seed, head=True)
 
 
 def _open(config: Config) -> tuple[list[Images], dict[str, Any]]:
@@ -190,14 +209,8 @@ def _run_folder(config: Config) -> str:
 
 def _checkpoint_bytes(config: Config) -> int:
     """Weights in the working precision, fp32 masters, two moments, and perhaps the average."""
-    with torch.device("meta"):
-        model: Trained
-        if isinstance(config, FinetuneConfig):
-            model = Classifier(config.model.encoder, config.model.img_size, classes=1000)
-            average = 4 if config.optim.ema_decay else 0
-        else:
-            model, average = build_model(config.model), 0
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    average = 4 if isinstance(config, FinetuneConfig) and config.optim.ema_decay else 0
+    parameters = sum(parameter.numel() for parameter in _model_on_meta(config).parameters())
     return (12 + average + (4 if config.precision == "fp32" else 2)) * parameters
 
 

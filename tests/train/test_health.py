@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import free_port
+from launching import free_port, typed
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
@@ -36,6 +36,22 @@ def test_a_good_node_has_no_faults(config: PretrainConfig) -> None:
 
 def test_a_run_folder_that_is_not_shared_is_a_fault(config: PretrainConfig) -> None:
     assert "is not the folder that" in look(config).faults[0]
+
+
+@pytest.mark.parametrize(
+    ("of", "word", "sentence"),
+    [
+        ("pretrain", "model.img_size=100", "img_size=100x100 must be a multiple of 32"),
+        ("pretrain", "model.encoder=resnet50", "model.encoder=resnet50 is no MixMIM encoder"),
+        ("finetune", "init=/nope", "/nope is no folder"),
+    ],
+)
+def test_what_is_wrong_with_an_option_is_no_fault_of_a_node(
+    of: str, word: str, sentence: str, small_run: list[str], tmp_path: Path
+) -> None:
+    done = typed("launch/healthcheck.py", f"--of={of}", *small_run, f"run_dir={tmp_path / 'run'}", word)
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert sentence in error and done.returncode == 2 and not (tmp_path / "run").exists()
 
 
 def test_a_data_set_that_is_missing_on_a_node_is_a_fault(config: PretrainConfig) -> None:
