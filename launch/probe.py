@@ -30,7 +30,10 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
 
     data = LabelledDataConfig(root=str(arguments.data), index_dir=str(arguments.index_dir))
     train, val = open_labelled(data, "--data")
-    encoder, view = load_encoder(arguments.source, arguments.seed), View(arguments.stage, not arguments.no_norm)
+    encoder, view = (
+        load_encoder(arguments.source, arguments.seed, "EXPORT_OR_RUN"),
+        View(arguments.stage, not arguments.no_norm),
+    )
     view.check(encoder)
     if arguments.img_size is not None:
         encoder.set_input_size(arguments.img_size)

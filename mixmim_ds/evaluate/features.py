@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mixmim_ds.data.central import CentralBatches, LeftOut
 from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.loader import Normalise
+from mixmim_ds.export.pretrained import load_exported
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import MixMIMTransformer
 
@@ -52,26 +53,38 @@ class Vectors:
     left_out: LeftOut = field(default_factory=list)  # images that have no vector
 
 
-def load_encoder(source: str, seed: int, head: bool = False) -> MixMIMTransformer:
+def load_encoder(source: str, seed: int, option: str, head: bool = False) -> MixMIMTransformer:
     """The encoder of an exported folder, of a run or one of its checkpoints, or an untrained one ("random:tiny").
 
     Args:
         seed: of the untrained one's weights.
+        option: what the user calls the source.
         head: with the classifier that it has, if it has one.
 
     Raises:
         ValueError: there is none.
     """
-    classes = {} if head else {"num_classes": 0}
-    if source.startswith(RANDOM):
-        name = f"mixmim_{source.removeprefix(RANDOM)}"
-        if not timm.is_model(name):
-            raise ValueError(f"{source} names no size; give random:tiny, random:base, random:large or random:huge.")
-        torch.manual_seed(seed)
-        return timm.create_model(name, num_classes=0)
-    if Path(source, "config.json").is_file():
-        return timm.create_model(f"local-dir:{source}", pretrained=True, **classes)
-    weights = read_weights(Path(source))
+    try:
+        if source.startswith(RANDOM):
+            return _untrained(source, seed)
+        if Path(source, "config.json").is_file():
+            return load_exported(Path(source), head)
+        return _of_run(Path(source), head)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+def _untrained(source: str, seed: int) -> MixMIMTransformer:
+    name = f"mixmim_{source.removeprefix(RANDOM)}"
+    if not timm.is_model(name):
+        raise ValueError(f"{source} names no size; give random:tiny, random:base, random:large or random:huge.")
+    torch.manual_seed(seed)
+    encoder: MixMIMTransformer = timm.create_model(name, num_classes=0)
+    return encoder
+
+
+def _of_run(source: Path, head: bool) -> MixMIMTransformer:
+    weights = read_weights(source)
     model, data = weights.config.model, weights.config.data
     found = {name: pieces.contiguous() for name, pieces in weights.encoder.items()}
     kept = {name: tensor for name, tensor in found.items() if head or not name.startswith("head.")}

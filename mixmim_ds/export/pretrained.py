@@ -1,10 +1,11 @@
-"""A whole MixMIM, encoder and decoder, read back from a run or from an export that kept both."""
+"""Exports read back: the encoder, and a whole MixMIM of one that kept its decoder, too, or of a run."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from mixmim_ds.config import ModelConfig
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.export.to_timm import DECODER_FILE, MODEL_NOTE, WEIGHTS_FILE
 from mixmim_ds.export.weights import read_weights
-from mixmim_ds.models import MixMIM, build_model
+from mixmim_ds.models import MixMIM, MixMIMTransformer, build_model
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,29 @@ def load_pretrained(source: Path) -> Pretrained:
     model = build_model(config)
     model.load_state_dict(state)
     return Pretrained(model.eval(), config, list(normalisation["mean"]), list(normalisation["std"]))
+
+
+def load_exported(folder: Path, head: bool = True) -> MixMIMTransformer:
+    """The encoder of an exported folder, by timm.
+
+    Args:
+        head: with the classifier that it has, if it has one.
+
+    Raises:
+        ValueError: the folder holds another model, or a file of it is missing, damaged or of another one.
+    """
+    classes = {} if head else {"num_classes": 0}
+    remedy = "give a folder that launch/convert.py wrote, or write it anew."
+    try:
+        name = json.loads((folder / "config.json").read_text())["architecture"]
+        ours = name in timm.list_models("mixmim_*")
+        encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, **classes) if ours else None
+    except Exception as error:  # there is no telling what damaged files make timm raise
+        reason = str(error).partition("\n")[0].rstrip(".:")
+        raise ValueError(f"{folder} is no whole export ({type(error).__name__}: {reason}); {remedy}") from error
+    if encoder is None:
+        raise ValueError(f"{folder} holds {name}, which is no MixMIM encoder; {remedy}")
+    return encoder
 
 
 def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

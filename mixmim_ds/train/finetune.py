@@ -70,7 +70,7 @@ def evaluate(config: FinetuneConfig) -> int:
     """
     with connected(config.train.start_timeout_s) as world:
         train, val = find_labelled(config, world)
-        encoder = made_once(world, lambda: load_encoder(config.init, config.train.seed, head=True))
+        encoder = made_once(world, lambda: load_encoder(config.init, config.train.seed, "init", head=True))
         names = encoder.pretrained_cfg.get("label_names")  # of foreign files none
         if encoder.num_classes != len(train.classes) or (names and list(names) != train.classes):
             raise ValueError(
@@ -139,7 +139,7 @@ def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> 
     Raises:
         ValueError: there is none, or it is of another size.
     """
-    source = load_encoder(config.init, config.train.seed, head=True)
+    source = load_encoder(config.init, config.train.seed, "init", head=True)
     found, own = dict(source.named_parameters()), dict(model.encoder.named_parameters())
     fixed = {name: p.shape for name, p in found.items() if "bias_table" not in name and not name.startswith("head.")}
     if any(name not in own or own[name].shape != shape for name, shape in fixed.items()):

@@ -132,7 +132,7 @@ def _model_on_meta(config: Config) -> Trained:
 def _check_init(config: Config) -> None:
     """ValueError if fine-tuning is to start from what holds no encoder; a run that goes on needs it no more."""
     if isinstance(config, FinetuneConfig) and config.init != RANDOM and not steps_of(Path(config.run_dir)):
-        load_encoder(config.init, config.train.seed, head=True)
+        load_encoder(config.init, config.train.seed, "init", head=True)
 
 
 def _open(config: Config) -> tuple[list[Images], dict[str, Any]]:

@@ -60,7 +60,7 @@ def test_classes_that_a_line_parts_are_told_and_noise_is_not() -> None:
 def test_vectors_are_those_of_the_central_crop_in_the_order_of_the_index(
     view: View, labelled: Path, tmp_path: Path
 ) -> None:
-    index, encoder = open_index(labelled / "val", tmp_path), load_encoder("random:tiny", 0)
+    index, encoder = open_index(labelled / "val", tmp_path), load_encoder("random:tiny", 0, "source")
     encoder.set_input_size(64)
     images = Labelled(index, torch.arange(73), [])
     found = extract(encoder, view, images, CPU, threads=2, batch=32)
@@ -118,7 +118,7 @@ def test_a_run_probes_itself_as_the_command_probes_it(labelled: Path, small_run:
 
 MISTAKES = {
     "random:giant": "random:giant names no size",
-    "nowhere": "nowhere is no folder",
+    "nowhere": "EXPORT_OR_RUN: nowhere is no folder",
     "--img-size 100": "img_size",
     "--batch 0": "--batch 0 must be positive",
     "--stage 5": "--stage 5 must be one of 1 to 4",

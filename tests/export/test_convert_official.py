@@ -8,7 +8,9 @@ import timm
 import torch
 from launching import converted, refusal
 from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
 
+from mixmim_ds.evaluate.features import load_encoder
 from mixmim_ds.export.official import load_official, save_official
 from mixmim_ds.export.pretrained import load_pretrained
 from mixmim_ds.models import MixMIM, MixMIMTransformer
@@ -62,5 +64,34 @@ def test_mistakes_are_one_sentence(fine_tuned: tuple[MixMIMTransformer, Path], t
     assert "holds no decoder" in refusal("--from-official", file, tmp_path / "out", "--with-decoder")
     assert "is no file" in refusal("--from-official", tmp_path, tmp_path / "out")
     assert "have no effect with --to-official" in refusal("--to-official", tmp_path, tmp_path / "out", "--dtype=bf16")
+    assert "let it end in .pth" in refusal("--to-official", tmp_path, tmp_path / "out.safetensors")
     assert "exists already" in refusal("--to-official", tmp_path, file)
     assert file.read_bytes() == content and not list(tmp_path.glob("out*"))
+
+
+def spoil(folder: Path, how: str) -> str:
+    """Makes an export something else; returns what is to be said of it."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "no weights":
+        weights.unlink()
+        return "is no whole export"
+    if how == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        return "is no whole export"
+    if how == "another program's":
+        config.write_text('{"model_type": "vit"}')
+        return "is no whole export"
+    save_for_hf(timm.create_model("resnet18", num_classes=3), str(folder), safe_serialization=True)
+    return "holds resnet18, which is no MixMIM encoder"
+
+
+@pytest.mark.parametrize("how", ["no weights", "cut off", "another program's", "another model's"])
+def test_what_is_no_whole_export_is_one_sentence(
+    how: str, fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path
+) -> None:
+    folder = converted("--from-official", fine_tuned[1], tmp_path / "timm")
+    said = spoil(folder, how)
+    assert f"{folder} {said}" in refusal("--to-official", folder, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+    with pytest.raises(ValueError, match=f"^init: {folder} {said}[^\n]*$"):
+        load_encoder(str(folder), 0, "init", head=True)

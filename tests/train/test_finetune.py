@@ -310,7 +310,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None] | str, str]] = {
     "one class": (one_class, "holds one class to learn from, kept; give at least two"),
     "no label": (bare_image, "train have no class, the first is bare.png"),
     "init of another size": ("init=RUN model=base model.img_size=224", "holds mixmim_tiny, not mixmim_base"),
-    "init is nothing": ("init=nowhere", "nowhere is no folder"),
+    "init is nothing": ("init=nowhere", "init: nowhere is no folder"),
     "init has no classifier": ("init=random:tiny eval_only=true run_dir=", "init=random:tiny tells 0 classes"),
     "no init": ("init=", "init is not set; add init=DIR, an exported folder or a run"),
     "odd micro-batch": ("train.micro_batch=15 train.global_batch=30", "augment.cutmix mix images in pairs"),

@@ -43,7 +43,7 @@ def test_a_run_folder_that_is_not_shared_is_a_fault(config: PretrainConfig) -> N
     [
         ("pretrain", "model.img_size=100", "img_size=100x100 must be a multiple of 32"),
         ("pretrain", "model.encoder=resnet50", "model.encoder=resnet50 is no MixMIM encoder"),
-        ("finetune", "init=/nope", "/nope is no folder"),
+        ("finetune", "init=/nope", "init: /nope is no folder"),
     ],
 )
 def test_what_is_wrong_with_an_option_is_no_fault_of_a_node(
