@@ -5,7 +5,8 @@ Prints what a GPU must hold, the setting to take, and how long a step, a checkpo
 The planner's own words, with defaults:
   nodes=1 gpus_per_node=8 gpu=h100      gpu: a100_40, a100_80, h100, h200
   images=1281167                        of the data set
-  img_s=N                               images/s of one GPU, measured; without it mfu=0.2, as measured for base
+  img_s=N                               images/s of one GPU, measured; without it mfu=0.2, which base reached with
+                                        compile=true activation_checkpointing=selective (BENCHMARKS.md)
   link_gbs=50 disk_gbs=2                GB/s of a node to others, for each of its GPUs; GB/s written by all
 All others are options of launch/pretrain.py; run_dir and data.root need not be given.
 """
@@ -15,7 +16,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from mixmim_ds.plan_run import HEADROOM, Plan, Row, parse, plan
+from mixmim_ds.plan_run import HEADROOM, MFU_WITH, Plan, Row, Words, parse, plan
 from mixmim_ds.plan_time import Step
 
 GIB = 2**30
@@ -45,7 +46,10 @@ def _memory_line(row: Row, done: Plan) -> str:
 def time_table(done: Plan, step: Step) -> list[str]:
     """Step, communication, checkpoint and run."""
     words, train = done.words, done.config.train
-    rate = f"{1 / (done.image_s or 1):.0f} img/s at mfu={words.mfu:g} (assumed, not measured: give img_s=N)"
+    rate = (
+        f"{1 / (done.image_s or 1):.0f} img/s at mfu={words.mfu:g} (assumed, give img_s=N; base reached "
+        f"{Words.mfu:g} with {MFU_WITH})"
+    )
     if words.img_s:
         rate = f"{words.img_s:g} img/s (given as measured)"
     link = f"link_gbs={words.link_gbs:g} (assumed unless you measured it)"

@@ -28,6 +28,7 @@ from mixmim_ds.train.metrics import PEAK_FLOPS
 # decoders and its batches ahead (a few GB together), and the allocator's rounding and fragments. A run of weeks must
 # not end for want of the last gigabyte.
 HEADROOM = 0.10
+MFU_WITH = "compile=true activation_checkpointing=selective"  # under which the default of `mfu` was measured
 STAGES = ("zero1", "zero2", "zero3")
 SCALING_NODES = (1, 2, 4, 8, 16)
 
@@ -56,7 +57,7 @@ class Words:
     gpu: str = "h100"
     images: int = 1_281_167  # of the data set; ImageNet-1K
     img_s: float | None = None  # images/s of one GPU, measured without waiting for others
-    mfu: float = 0.2  # assumed where img_s is not given; as base reached on an H100 (BENCHMARKS.md)
+    mfu: float = 0.2  # assumed where img_s is not given; base reached it on an H100 with MFU_WITH (BENCHMARKS.md)
     link_gbs: float = 50.0  # GB/s that a node sends to others, for each of its GPUs; 400 Gbit/s is usual beside H100s
     disk_gbs: float = 2.0  # GB/s that all GPUs together write
 

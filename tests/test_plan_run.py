@@ -315,6 +315,8 @@ def test_the_command_as_typed() -> None:
     assert found["run_s"] == pytest.approx(
         found["steps"] * (128 / 1500 + found["step"]["waiting_s"]) + found["saves"] * found["checkpoint_s"]
     )
+    assumed = planned_by("model=tiny", "mfu=0.1")
+    assert "mfu=0.1 (assumed, give img_s=N; base reached 0.2 with compile=true activation_checkpointing=s" in assumed
     told = planned_by("model=tiny", "gpu=v100", code=2)
     assert [line for line in told.splitlines() if line.startswith("error: ")] and "Traceback" not in told
 
