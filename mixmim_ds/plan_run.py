@@ -21,7 +21,7 @@ from mixmim_ds.plan_memory import (
     states,
 )
 from mixmim_ds.plan_time import Machine, Step, checkpoint_bytes, seconds_per_image, step_of
-from mixmim_ds.train.engine import accumulation
+from mixmim_ds.train.engine import accumulation, check_compile
 from mixmim_ds.train.metrics import PEAK_FLOPS
 
 # Share of the memory that stays free for what the count leaves out: CUDA's context, NCCL's and cuBLAS's buffers, DALI's
@@ -180,6 +180,7 @@ class Memory:
 
     def __init__(self, words: Words, config: PretrainConfig, model: MixMIM) -> None:
         self.words, self.config = words, config
+        self.stages = [ds for ds in STAGES if not (config.compile and ds == "zero3")]  # which the engine refuses
         self.sizes = [parameter.numel() for parameter in model.parameters()]
         with attention_of_cuda():
             self.lines: dict[str, Activations] = {mode: activations(model, mode) for mode in MODES}
@@ -196,14 +197,15 @@ class Memory:
         """The least splitting, then the least recomputing, under which the wanted micro-batch fits, with the largest
         that does then; a smaller one is wanted only where nothing else helps. ValueError if nothing fits."""
         for size in (each for each in candidates if each <= wanted):
-            for ds in STAGES:
+            for ds in self.stages:
                 for mode in MODES:
                     row = self.row(ds, mode, size, candidates)
                     if row.total <= self.words.budget:
                         return self.row(ds, mode, row.largest, candidates)
         raise ValueError(
             f"nothing fits into gpu={self.words.gpu} with {HEADROOM:.0%} to spare, not even {candidates[-1]} images "
-            "under ds=zero3 and activation_checkpointing=full; take more nodes, another gpu, or a smaller model."
+            f"under ds={self.stages[-1]} and activation_checkpointing=full; take more nodes, another gpu, or a smaller "
+            "model."
         )
 
 
@@ -229,7 +231,7 @@ def plan(words: Words, config: PretrainConfig) -> Plan:
     buffers = sum(buffer.nbytes for name, buffer in model.state_dict().items() if name not in learned)
     done = Plan(
         words, best, parameters, flops,
-        [memory.row(ds, mode, chosen.micro_batch, candidates) for ds in STAGES for mode in MODES],
+        [memory.row(ds, mode, chosen.micro_batch, candidates) for ds in memory.stages for mode in MODES],
         chosen, _asked_for(config, memory, candidates), image_s,
         None if image_s is None else step_of(
             best, parameters, words.gpus, accumulation(best, words.gpus), image_s, words.machine
@@ -253,6 +255,7 @@ def _asked_for(config: PretrainConfig, memory: Memory, candidates: list[int]) ->
     size, mode = config.train.micro_batch, config.activation_checkpointing
     setting = f"ds={config.ds} train.micro_batch={size} activation_checkpointing={mode}"
     try:
+        check_compile(config)
         accumulation(config, memory.words.gpus)
     except ValueError as error:
         return f"{setting}: {error}"

@@ -264,6 +264,14 @@ def test_the_setting_taken_splits_and_recomputes_no_more_than_it_must() -> None:
         plan(*parse([*machine, "model.img_size=28672"]))
 
 
+def test_what_a_run_refuses_is_not_planned() -> None:
+    done = plan(*parse(["model=tiny", "compile=true", "ds=zero3"]))
+    assert "activation_checkpointing=none: compile=true does not go with ZeRO-3" in done.note
+    assert {row.ds for row in done.rows} == {"zero1", "zero2"}
+    with pytest.raises(ValueError, match="not even 2 images under ds=zero2 and activation_checkpointing=full"):
+        plan(*parse(["model=tiny", "compile=true", "gpu=a100_40", "model.img_size=28672"]))
+
+
 def test_time_is_the_arithmetic_it_says() -> None:
     assert seconds_per_image(10**9, "none", 1e12, 0.5) == pytest.approx(3 * 10**9 / 5e11)
     assert seconds_per_image(10**9, "full", 1e12, 0.5) == pytest.approx(4 * 10**9 / 5e11)

@@ -52,6 +52,12 @@ def zero_stage(config: RunConfig) -> int:
     return stage
 
 
+def check_compile(config: RunConfig) -> None:
+    """ValueError if the options ask to compile under ZeRO-3."""
+    if zero_stage(config) == 3 and config.compile:
+        raise ValueError("compile=true does not go with ZeRO-3, whose hooks break every graph; use ds=zero1 or zero2.")
+
+
 def _mechanics(path: Path) -> dict[str, Any]:
     """What the file sets. ValueError, in one sentence that begins with `ds: PATH`, if a run cannot take it."""
     try:
@@ -107,8 +113,7 @@ def engine_config(config: RunConfig, processes: int) -> dict[str, Any]:
     """
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ValueError("precision=fp16 is not supported by this device; use bf16 or fp32.")
-    if zero_stage(config) == 3 and config.compile:
-        raise ValueError("compile=true does not go with ZeRO-3, whose hooks break every graph; use ds=zero1 or zero2.")
+    check_compile(config)
     joined = {
         **_mechanics(config.ds_path),
         "train_batch_size": config.train.global_batch,
