@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ class RankFailed(RunFailed):
 
 
 class RankMistaken(ValueError):
-    """A mistake that only ranks like this one see, of which it is to tell."""
+    """A user's mistake that the first rank cannot see; the rank that raises it prints it."""
 
 
 class AgreedMistake(ValueError):
@@ -87,12 +86,10 @@ def connect(timeout_s: int) -> World:
         ValueError: a node has more processes than GPUs.
     """
     adopt()
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+    alone: dict[str, Any] = {}
+    if "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # a port could be taken by then
     else:
         # A launcher that is killed would leave its ranks behind, training on unseen: they stop, saved, instead.
         die_with_parent(signal.SIGTERM)
@@ -112,7 +109,7 @@ def connect(timeout_s: int) -> World:
         torch.set_num_threads(share_of_cores())
         keep_memory()
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=device if gpu else None)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=device if gpu else None, **alone)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
 

@@ -94,20 +94,21 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
         RunFailed: it cannot go on: what it computes is not finite, it cannot be saved, too many images are broken.
         RankFailed: this rank cannot read the data any more, or another rank is gone.
     """
-    # Nothing of what was imported is garbage, and to look through it takes 0.3 s: ten times as DeepSpeed starts, and
-    # whenever the loop collects.
+    # Imported modules are never garbage, but each full collection scans them for 0.3 s: ten while DeepSpeed starts,
+    # then one whenever the run reports.
     gc.freeze()
-    with connected(config.train.start_timeout_s) as world:
-        stop = StopRequest(world)
-        try:
-            code = _whole_run(prepare, world, stop)
-        except Exception as error:
-            log_failure(error)
-            raise
-        finally:
-            stop.close()
-    gc.unfreeze()  # or nanobind, in Triton, tells of leaks when the interpreter ends
-    return code
+    try:
+        with connected(config.train.start_timeout_s) as world:
+            stop = StopRequest(world)
+            try:
+                return _whole_run(prepare, world, stop)
+            except Exception as error:
+                log_failure(error)
+                raise
+            finally:
+                stop.close()
+    finally:
+        gc.unfreeze()  # or nanobind, in Triton, tells of leaks when the interpreter ends
 
 
 def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest) -> int:

@@ -117,6 +117,7 @@ def test_a_rank_without_a_gpu_says_so_once(monkeypatch: pytest.MonkeyPatch, caps
     """Where there are 4 GPUs; here they are made up."""
     monkeypatch.setattr(distributed, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "6")
     for rank in (4, 5):
         monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("LOCAL_RANK", str(rank))
         with pytest.raises(ValueError, match="than its 4 GPUs; start one per GPU") as raised:
