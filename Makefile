@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1 | cut -d. -f1)
 DALI := $(if $(DRIVER),$(if $(filter 1,$(shell expr $(DRIVER) \>= 580)),dali-cu13,dali-cu12),dali-cu13)
 INSTALLED := $(VENV)/installed
-# A worker more than cores, for they often wait for what they start. Four start processes enough of their own.
+# One worker more than cores, since they often wait for child processes; at most 4, as those use the cores too.
 PYTEST := $(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist worksteal
 
 .PHONY: setup demo evidence ablations cluster test test-all bench bench-gpu lint format clean

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
+from mixmim_ds.commands import exit_code
 from mixmim_ds.export.to_official import export_official
 from mixmim_ds.export.to_timm import Form, export_file, export_run
 
@@ -37,7 +38,7 @@ def convert(arguments: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """Reads the command line and converts; a user's mistake ends in one line and exit code 2."""
+    """Reads the command line and converts. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--from-official", action="store_true", help="SOURCE is the authors' or OpenMMLab's file")
@@ -51,11 +52,7 @@ def main() -> int:
     )
     start = time.perf_counter()
     arguments = parser.parse_args()
-    try:
-        usage = convert(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    usage = convert(arguments)
     seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{arguments.source} -> {arguments.out} ({seconds:.1f} s, peak memory {peak:.1f} GiB)")
     print(f"load it with: {usage}")
@@ -63,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -6,7 +6,6 @@ are there), draws the loss curve and reconstructions, exports the encoder and lo
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mixmim_ds  # noqa: F401  registers the encoder that timm loads below
-from mixmim_ds.device import on_gpu
+from mixmim_ds.commands import environment, launched
+from mixmim_ds.config import ROOT
+from mixmim_ds.device import gpus
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 TRIVIAL = 1.0  # the loss of predicting the mean of each cell, since cells are normalised to variance 1
 SMOOTH = 50  # steps that the printed and the drawn loss are averaged over
 
@@ -29,28 +28,23 @@ SMOOTH = 50  # steps that the printed and the drawn loss are averaged over
 def call(*command: str) -> None:
     """Runs a command of the project as a user would type it, and shows it."""
     print("$", *(Path(command[0]).name, *command[1:]), flush=True)
-    # The launcher looks for its own tools on PATH, as in an activated environment.
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    if not on_gpu():
-        environment["DS_ACCELERATOR"] = "cpu"  # said outright, DeepSpeed does not warn of finding none
-    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    code = subprocess.run(command, cwd=ROOT, env=environment()).returncode
     if code:
         sys.exit(code)
 
 
 def train(photographs: Path, run_dir: Path) -> None:
     """Pretrains on the photographs; goes on where an interrupted demo stopped."""
-    gpus = torch.cuda.device_count() if on_gpu() else 0
-    processes = gpus or 2
+    processes = gpus() or 2
     batch = 8 * max(processes, 2)
-    call(
-        str(BIN / "deepspeed"), "--num_gpus", str(processes), "launch/pretrain.py",
-        "model=tiny", f"data.root={photographs}", f"run_dir={run_dir}", f"precision={'bf16' if gpus else 'fp32'}",
+    options = (
+        "model=tiny", f"data.root={photographs}", f"run_dir={run_dir}", f"precision={'bf16' if gpus() else 'fp32'}",
         # Without augmentation, or minutes would not suffice to see something.
         "model.img_size=128", "data.crop_scale=[1,1]", "data.flip=false",
         "train.epochs=11", f"train.global_batch={batch}", "train.micro_batch=8", "train.log_every=10",
         "train.picture_every=250", f"optim.base_lr={1e-3 * 256 / batch}", "optim.warmup_epochs=0.5",
     )  # fmt: skip
+    call(*launched("pretrain", *options, processes=processes))
 
 
 def losses_of(run_dir: Path) -> tuple[list[int], list[float]]:

@@ -10,7 +10,6 @@ A job that is done is not repeated and one that was interrupted goes on, so the 
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mixmim_ds.device import on_gpu
+from mixmim_ds.commands import environment, launched
+from mixmim_ds.config import ROOT
+from mixmim_ds.device import gpus
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 SEEDS = (0, 1, 2)
 UNLABELLED, LABELLED, ASKED = 20_000, 1_000, 2_000  # pictures to pretrain on, to learn classes from, to tell
 SIZE = 64  # pixels, of pictures of 28: 2 x 2 cells of the mask
@@ -69,10 +67,9 @@ def typed(script: str, *words: object) -> tuple[str, ...]:
     return (sys.executable, f"launch/{script}.py", *map(str, words))
 
 
-def launched(script: str, *words: object) -> tuple[str, ...]:
+def in_two(script: str, *words: object) -> tuple[str, ...]:
     """The words of a command that DeepSpeed starts on two processes, or on as many GPUs of two as there are."""
-    processes = min(torch.cuda.device_count(), 2) or 2
-    return (str(BIN / "deepspeed"), "--num_gpus", str(processes), f"launch/{script}.py", *map(str, words))
+    return launched(script, *words, processes=min(gpus(), 2) or 2)
 
 
 def probe(out: Path, name: str, *source: object) -> Job:
@@ -83,7 +80,7 @@ def probe(out: Path, name: str, *source: object) -> Job:
 def pretrain(out: Path, name: str, seed: int, minutes: float, *changes: str) -> list[Job]:
     """Pretrains with a seed, and probes the encoder."""
     where = f"data.root={out / 'pictures' / 'train'}", f"run_dir={out / name}", f"train.seed={seed}"
-    return [Job(name, launched("pretrain", *PRETRAINING, *where, *changes), minutes), probe(out, name, out / name)]
+    return [Job(name, in_two("pretrain", *PRETRAINING, *where, *changes), minutes), probe(out, name, out / name)]
 
 
 def finetune(out: Path, weights: str, seed: int) -> Job:
@@ -92,7 +89,7 @@ def finetune(out: Path, weights: str, seed: int) -> Job:
     name = f"finetuned_{weights}_{seed}"
     words = f"init={init}", f"data.root={out / 'labelled'}", f"run_dir={out / name}", f"train.seed={seed}"
     decay = f"optim.layer_decay={LAYER_DECAY[weights]}"
-    return Job(name, launched("finetune", *FINETUNING, decay, *words), 4)
+    return Job(name, in_two("finetune", *FINETUNING, decay, *words), 4)
 
 
 def plan(out: Path, ablations: bool) -> list[Job]:
@@ -122,12 +119,8 @@ def is_done(out: Path, job: Job) -> bool:
 
 def follow(job: Job, log: Path, bar: "tqdm[NoReturn]", end: float) -> int:
     """Runs a job and moves the bar up to `end` (minutes) meanwhile; returns the exit code."""
-    # The launcher looks for its own tools on PATH, as in an activated environment.
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    if not on_gpu():
-        environment["DS_ACCELERATOR"] = "cpu"
     with log.open("a") as file:
-        process = subprocess.Popen(job.words, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(job.words, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
         while True:
             try:
                 return process.wait(1)

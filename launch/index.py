@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mixmim_ds.commands import exit_code
 from mixmim_ds.config import DataConfig
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.pack import pack
@@ -66,7 +67,7 @@ def pack_folder(arguments: argparse.Namespace, index_dir: Path) -> str:
 
 
 def main() -> int:
-    """Reads the command line and looks; 1 if --verify has found something broken, 2 after one line on a mistake."""
+    """Reads the command line and looks; 1 if --verify has found something broken. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", metavar="DIR", help="the folder of the images, data.root of a run")
     parser.add_argument("out", metavar="OUT", nargs="?", help="with --pack, the folder to make")
@@ -78,22 +79,18 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names need not be UTF-8
     index_dir = arguments.index_dir.expanduser()
+    if arguments.pack:
+        print(pack_folder(arguments, index_dir))
+        return 0
+    if arguments.out is not None or arguments.per_shard is not None:
+        raise ValueError("OUT and --per-shard have no effect without --pack; add it or leave them out.")
     try:
-        if arguments.pack:
-            print(pack_folder(arguments, index_dir))
-            return 0
-        if arguments.out is not None or arguments.per_shard is not None:
-            raise ValueError("OUT and --per-shard have no effect without --pack; add it or leave them out.")
         index = open_folder(arguments.root, index_dir, progress=True)
         print(describe(index, place_of(index_dir, os.fsencode(index.root))))
         return int(arguments.verify and list_findings(index))
     except StorageDown as error:
-        print(f"error: {refusal(arguments.root, error)}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise refusal(arguments.root, error) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

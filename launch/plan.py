@@ -16,6 +16,7 @@ import json
 import sys
 from dataclasses import asdict
 
+from mixmim_ds.commands import exit_code
 from mixmim_ds.plan_run import HEADROOM, MFU_WITH, Plan, Row, Words, parse, plan
 from mixmim_ds.plan_time import Step
 
@@ -112,16 +113,12 @@ def describe(done: Plan) -> str:
 
 
 def main() -> int:
-    """Reads the words and plans; a mistake ends in one line and exit code 2."""
+    """Reads the words and plans. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="key=value", help="see above; +experiment=NAME a recipe")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object on the last line")
     arguments = parser.parse_args()
-    try:
-        done = plan(*parse(arguments.words))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    done = plan(*parse(arguments.words))
     print(describe(done))
     if arguments.json:
         print(json.dumps(asdict(done) | {"checkpoint_s": done.checkpoint_s, "run_s": done.run_s}))
@@ -129,4 +126,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
+from mixmim_ds.commands import exit_code
 from mixmim_ds.device import on_gpu
 from mixmim_ds.finetune_config import LabelledDataConfig
 
@@ -30,10 +31,8 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
 
     data = LabelledDataConfig(root=str(arguments.data), index_dir=str(arguments.index_dir))
     train, val = open_labelled(data, "--data")
-    encoder, view = (
-        load_encoder(arguments.source, arguments.seed, "EXPORT_OR_RUN"),
-        View(arguments.stage, not arguments.no_norm),
-    )
+    encoder = load_encoder(arguments.source, arguments.seed, "EXPORT_OR_RUN")
+    view = View(arguments.stage, not arguments.no_norm)
     view.check(encoder)
     if arguments.img_size is not None:
         encoder.set_input_size(arguments.img_size)
@@ -53,7 +52,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> int:
-    """Reads the command line and probes; a user's mistake ends in one line and exit code 2."""
+    """Reads the command line and probes. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="EXPORT_OR_RUN", help="an export, a run, a checkpoint, or random:SIZE")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="holds train/ and val/")
@@ -64,11 +63,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the weights of random:SIZE (default: %(default)s)")
     parser.add_argument("--index-dir", type=Path, default=LabelledDataConfig.index_dir, help="default: %(default)s")
     arguments = parser.parse_args()
-    try:
-        found = probe(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = probe(arguments)
     print(
         f"{found['source']}: top-1 {found['knn']:.1%} by neighbours, {found['linear']:.1%} by a linear classifier; "
         f"{found['train']:,} images to learn from, {found['val']:,} to tell, of {found['classes']} classes"
@@ -78,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mixmim_ds.commands import exit_code
 from mixmim_ds.report.page import GENERATOR, render
 from mixmim_ds.report.story import read_story
 
@@ -24,20 +25,16 @@ def report(run_dir: Path, out: Path) -> None:
 
 
 def main() -> int:
-    """Reads the command line and reports; a user's mistake ends in one line and exit code 2."""
+    """Reads the command line and reports. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run")
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: RUN_DIR/report.html")
     arguments = parser.parse_args()
     out = arguments.out or arguments.run_dir / "report.html"
-    try:
-        report(arguments.run_dir, out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report(arguments.run_dir, out)
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import mixmim_ds  # noqa: F401  registers the encoders
+from mixmim_ds.commands import exit_code
 
 
 def visualize(arguments: argparse.Namespace) -> str:
@@ -49,7 +50,7 @@ def visualize(arguments: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """Reads the command line and draws; a user's mistake ends in one line and exit code 2."""
+    """Reads the command line and draws. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN_OR_EXPORT", help="a run, a checkpoint or an export")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, or folders of them")
@@ -57,13 +58,9 @@ def main() -> int:
     parser.add_argument("--neighbours", type=int, default=5, metavar="N", help="of each image (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="most pairs, and images, drawn (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
-    try:
-        print(visualize(parser.parse_args()))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(visualize(parser.parse_args()))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -72,7 +72,7 @@ class Words:
 
     @property
     def gpus(self) -> int:
-        """Of the whole run."""
+        """GPUs of all nodes."""
         return self.nodes * self.gpus_per_node
 
     @property
@@ -149,7 +149,7 @@ class Plan:
 
     @property
     def checkpoint_s(self) -> float:
-        """Of one."""
+        """Seconds to write one checkpoint."""
         return self.checkpoint / (1e9 * self.words.disk_gbs)
 
     @property

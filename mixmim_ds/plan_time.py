@@ -50,7 +50,7 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Bytes that a GPU sends in a step."""
         return self.gradients + self.weights
 
     def times(self, link: float, computing: float) -> tuple[float, float, float]:
@@ -115,7 +115,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Computing plus waiting."""
         return self.computing_s + self.waiting_s
 
     @property

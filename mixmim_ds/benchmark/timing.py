@@ -22,7 +22,7 @@ class Marks:
         self.times: list[float] = []
 
     def mark(self) -> None:
-        """One more."""
+        """Records a point in time."""
         if self.on_gpu:
             self.events.append(torch.cuda.Event(enable_timing=True))
             self.events[-1].record()

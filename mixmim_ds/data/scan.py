@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mixmim_ds.data.s3 import StorageDown
 
 EXTENSIONS = b".bmp", b".jpeg", b".jpg", b".png", b".webp"
+SUFFIXES = tuple(map(os.fsdecode, EXTENSIONS))
 # Decoders tell files apart by these bytes; extensions lie. Pillow's classes are called directly, because
 # PIL.Image.open refuses photographs beyond 179 megapixels and its limit is set for the whole process.
 PILLOW_FORMATS: dict[bytes, type[ImageFile]] = {

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from mixmim_ds.data import s3
-from mixmim_ds.data.scan import EXTENSIONS, image_size, reason_of
+from mixmim_ds.data.scan import SUFFIXES, image_size, reason_of
 
-IMAGES = tuple(os.fsdecode(extension) for extension in EXTENSIONS)
 COMPRESSED = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"  # gzip, bzip2, xz, zstd
 AHEAD = 1 << 22  # bytes of a request to S3; a tenth of a second for some forty images beats a request for each
 LABEL_BYTES = 1 << 20  # a label is short, and a member of any size must not fill the memory
@@ -66,7 +65,7 @@ def _walk(archive: tarfile.TarFile) -> Contents:
         if member.isdir() or _hidden(member.name):
             continue
         key, extension = split_name(member.name)
-        if member.name.lower().endswith(IMAGES):
+        if member.name.lower().endswith(SUFFIXES):
             try:
                 size = _measure(archive, member)
             except s3.StorageDown:

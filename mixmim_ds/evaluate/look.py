@@ -3,7 +3,6 @@
 N images    S pixels of a side
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,13 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from mixmim_ds.data.central import central_windows
 from mixmim_ds.data.plan import mask_at
-from mixmim_ds.data.scan import EXTENSIONS
+from mixmim_ds.data.scan import SUFFIXES
 from mixmim_ds.evaluate.features import View
 from mixmim_ds.evaluate.pictures import draw
 from mixmim_ds.export.pretrained import Pretrained
 
 MOST = 1000  # images that are read into memory at once
 BATCH = 16  # images that the encoder takes at once
-SUFFIXES = tuple(os.fsdecode(extension) for extension in EXTENSIONS)
 
 
 def find_files(given: list[Path]) -> list[Path]:

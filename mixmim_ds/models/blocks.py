@@ -22,7 +22,7 @@ class DropPath(timm.layers.DropPath):
     """timm's, written so that torch.compile makes one graph for blocks of all rates: `bernoulli_` fixes the rate."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> the same, for some images 0, for the others as much more."""
+        """[B, ...] -> [B, ...]: an image is 0 with probability drop_prob, or else divided by 1 - drop_prob."""
         if not self.training:
             return x
         keep = 1 - self.drop_prob
@@ -63,10 +63,12 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def residuals(self, x: Tensor, groups: Groups | None = None) -> Tensor:
+        """What the block computes, without checkpointing; groups: as of `WindowAttention`."""
         x = x + self.drop_path1(self.attn(self.norm1(x), groups))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     def forward(self, x: Tensor, groups: Groups | None = None) -> Tensor:
+        """x [B, h, w, C] -> [B, h, w, C]; groups: who may attend to whom in a window, None = all to all."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return recompute(self.residuals, self.selective, x, groups)
         return self.residuals(x, groups)
@@ -100,6 +102,7 @@ class Stage(nn.Module):
         self.blocks = cast(list[Block], blocks)  # a ModuleList forgets the type of what it holds
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens of the stage before -> [B, h, w, C]; mask (bool [H/32, W/32]): as of `forward_features`."""
         x = self.downsample(x)
         groups = (
             None if mask is None else group_tokens(mask, self.grid, self.window, self.training and self.attn_drop > 0)

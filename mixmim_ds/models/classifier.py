@@ -3,13 +3,12 @@
 Shapes: B images, K classes.
 """
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from mixmim_ds.models.encoder import MixMIMTransformer
+from mixmim_ds.models.sizes import create_encoder
 
 HEAD_STD = 2e-5  # the authors': the classifier starts from (almost) nothing
 
@@ -29,12 +28,7 @@ class Classifier(nn.Module):
 
     def __init__(self, encoder: str, img_size: int, classes: int, drop_path: float = 0.0) -> None:
         super().__init__()
-        if encoder not in timm.list_models("mixmim_*"):
-            known = ", ".join(timm.list_models("mixmim_*"))
-            raise ValueError(f"model.encoder={encoder} is no MixMIM encoder; choose one of {known}.")
-        self.encoder: MixMIMTransformer = timm.create_model(
-            encoder, img_size=img_size, num_classes=classes, drop_path_rate=drop_path
-        )
+        self.encoder = create_encoder(encoder, img_size=img_size, num_classes=classes, drop_path_rate=drop_path)
         trunc_normal_(self.encoder.get_classifier().weight, std=HEAD_STD)
 
     def set_grad_checkpointing(self, enable: bool = True, selective: bool = False) -> None:

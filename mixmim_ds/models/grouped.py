@@ -22,7 +22,7 @@ def grouped_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of every token to the tokens of its sequence, [B, T, C] of qkv's dtype; arithmetic at least fp32.
 
-    Also returns what the backward pass of the device likes to know of it: on CUDA the logarithms of the sums of the
+    Also returns what the device's backward pass needs: on CUDA the logarithms of the sums of the
     softmax, [B, K, T] fp32, on the CPU nothing.
 
     Args:

@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which tokens may attend to each other; one of the two says it."""
+    """Which tokens may attend to each other; exactly one field is set."""
 
     sequences: Sequences | None
     same_image: Tensor | None  # bool [G, N, N]: which pairs may attend

@@ -5,20 +5,20 @@ Shapes: B images (even), L cells of 32 x 32 pixels, D channels of the decoder, P
 
 from typing import TYPE_CHECKING, cast
 
-import timm
 import torch
 from timm.layers import to_2tuple, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mixmim_ds.models import masking
-from mixmim_ds.models.encoder import MixMIMTransformer, init_weights
+from mixmim_ds.models.encoder import init_weights
 from mixmim_ds.models.grids import CELL
 from mixmim_ds.models.recompute import recompute
+from mixmim_ds.models.sizes import create_encoder
+from mixmim_ds.models.tables import sincos_table
 
 if TYPE_CHECKING:
     from mixmim_ds.config import ModelConfig  # whoever takes an encoder needs no Hydra
-from mixmim_ds.models.tables import sincos_table
 
 
 class DecoderBlock(Block):
@@ -83,11 +83,8 @@ class MixMIM(nn.Module):
         dual_reconstruction: bool = True,
     ) -> None:
         super().__init__()
-        if encoder not in timm.list_models("mixmim_*"):
-            known = ", ".join(timm.list_models("mixmim_*"))
-            raise ValueError(f"model.encoder={encoder} is no MixMIM encoder; choose one of {known}.")
         size = {} if img_size is None else {"img_size": img_size}
-        self.encoder: MixMIMTransformer = timm.create_model(encoder, num_classes=0, **size)
+        self.encoder = create_encoder(encoder, num_classes=0, **size)
         self.norm_pix_loss = norm_pix_loss
         self.group_attention = group_attention
         self.dual_reconstruction = dual_reconstruction

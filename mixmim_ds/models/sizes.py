@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from typing import Any
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -14,6 +15,19 @@ from mixmim_ds.models.grids import CELL
 def crop_of(img_size: int) -> float:
     """The share of the shorter side that evaluation looks at: 256 pixels are cut to 224, larger images taken whole."""
     return 224 / 256 if img_size <= 224 else 1.0
+
+
+def create_encoder(name: str, **options: Any) -> MixMIMTransformer:
+    """timm's `create_model` for the encoder that the option model.encoder names.
+
+    Raises:
+        ValueError: it is none of ours, or does not fit the image size.
+    """
+    known = timm.list_models("mixmim_*")
+    if name not in known:
+        raise ValueError(f"model.encoder={name} is no MixMIM encoder; choose one of {', '.join(known)}.")
+    encoder: MixMIMTransformer = timm.create_model(name, **options)
+    return encoder
 
 
 def _cfg(img_size: int = 224) -> dict[str, Any]:
