@@ -9,13 +9,13 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from mixmim_ds.data.dali import build_pipeline, run_pipeline
+from mixmim_ds.data.dali import Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.plan import windows_at
 
 CPU = torch.device("cpu")
 
 
-def feed_of(paths: list[Path], windows: np.ndarray, flips: np.ndarray):
+def feed_of(paths: list[Path], windows: np.ndarray, flips: np.ndarray) -> Feed:
     """What the pipeline is fed for one batch."""
     rows = [np.frombuffer(str(path).encode(), np.uint8) for path in paths]
     table = np.zeros((len(rows), max(map(len, rows)) + 1), np.uint8)

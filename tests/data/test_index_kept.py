@@ -19,7 +19,7 @@ from mixmim_ds.data import storage
 from mixmim_ds.data.index import open_index
 
 
-def test_a_second_open_reads_no_image(root: Path, index_dir: Path, headers_read: list[bytes]):
+def test_a_second_open_reads_no_image(root: Path, index_dir: Path, headers_read: list[bytes]) -> None:
     first = open_index(root, index_dir)
     assert len(headers_read) == 5
     second = open_index(root, index_dir)
@@ -40,7 +40,7 @@ def test_a_second_open_reads_no_image(root: Path, index_dir: Path, headers_read:
 )
 def test_changed_directories_are_noticed(
     root: Path, index_dir: Path, change: Callable[[Path], object], images: int, headers_read: list[bytes]
-):
+) -> None:
     open_index(root, index_dir)
     change(root)
     assert len(open_index(root, index_dir)) == images
@@ -48,13 +48,13 @@ def test_changed_directories_are_noticed(
     assert place_of(index_dir).is_dir()
 
 
-def test_a_change_right_after_the_scan_is_noticed(tmp_path: Path, index_dir: Path):
+def test_a_change_right_after_the_scan_is_noticed(tmp_path: Path, index_dir: Path) -> None:
     for i in range(3):
         write_image(tmp_path / f"{i}.png")
         assert len(open_index(tmp_path, index_dir)) == i + 1
 
 
-def test_an_index_in_use_outlives_its_replacement(root: Path, index_dir: Path):
+def test_an_index_in_use_outlives_its_replacement(root: Path, index_dir: Path) -> None:
     old = open_index(root, index_dir)
     write_image(root / "a.png")
     assert len(open_index(root, index_dir)) == 6
@@ -86,7 +86,7 @@ def edit(path: Path, **changes: object) -> None:
         lambda place: [file.unlink() for file in place.iterdir()],
     ],
 )
-def test_damaged_indices_are_rebuilt(root: Path, index_dir: Path, damage: Callable[[Path], object]):
+def test_damaged_indices_are_rebuilt(root: Path, index_dir: Path, damage: Callable[[Path], object]) -> None:
     whole = contents(open_index(root, index_dir))  # copied: damage would be seen through a memory map
     damage(place_of(index_dir))
     assert contents(open_index(root, index_dir)) == whole
@@ -95,7 +95,7 @@ def test_damaged_indices_are_rebuilt(root: Path, index_dir: Path, damage: Callab
 
 def test_an_index_that_is_replaced_while_it_is_read_is_not_used(
     root: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     open_index(root, index_dir)
     place = place_of(index_dir)
 
@@ -107,7 +107,7 @@ def test_an_index_that_is_replaced_while_it_is_read_is_not_used(
     assert index_module._store(root.resolve(), index_dir).current() is None
 
 
-def test_leftovers_of_killed_builders_go_after_a_week(root: Path, index_dir: Path):
+def test_leftovers_of_killed_builders_go_after_a_week(root: Path, index_dir: Path) -> None:
     open_index(root, index_dir)
     place = place_of(index_dir)
     old, new = index_dir / f"{place.name}.old", index_dir / f"{place.name}.new"
@@ -151,7 +151,7 @@ def killed_at(event: int, inside: Path, task: Callable[[], object]) -> Callable[
 
 
 @pytest.mark.parametrize("outdated", [False, True], ids=["first index", "outdated index there"])
-def test_a_kill_at_any_moment_leaves_no_index_or_a_whole_one(root: Path, index_dir: Path, outdated: bool):
+def test_a_kill_at_any_moment_leaves_no_index_or_a_whole_one(root: Path, index_dir: Path, outdated: bool) -> None:
     """Every file operation in the index folder is once the last one that a builder does not live to do."""
     index_dir.mkdir(parents=True)
     for event in itertools.count():
@@ -171,7 +171,7 @@ def test_a_kill_at_any_moment_leaves_no_index_or_a_whole_one(root: Path, index_d
 
 
 @pytest.mark.parametrize("outdated", [False, True], ids=["first index", "outdated index there"])
-def test_builders_that_meet_do_no_harm(root: Path, index_dir: Path, outdated: bool):
+def test_builders_that_meet_do_no_harm(root: Path, index_dir: Path, outdated: bool) -> None:
     if outdated:
         open_index(root, index_dir)
         os.utime(root, ns=(1, 1))
@@ -185,7 +185,7 @@ def test_builders_that_meet_do_no_harm(root: Path, index_dir: Path, outdated: bo
     assert index_module._store(root.resolve(), index_dir).current() is not None
 
 
-def test_the_index_of_a_faster_builder_stays(root: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_index_of_a_faster_builder_stays(root: Path, index_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = index_module._build
 
     def slow(*arguments) -> storage.Stored:

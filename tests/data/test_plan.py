@@ -46,7 +46,7 @@ def orders(count: int, epochs: int, seed: int = 0) -> np.ndarray:
 # The generator
 
 
-def test_splitmix64_gives_the_published_sequence():
+def test_splitmix64_gives_the_published_sequence() -> None:
     # First outputs of splitmix64.c for the seed 1234567, as published on rosettacode.org ("Splitmix64").
     published = [
         6457827717110365317,
@@ -58,7 +58,7 @@ def test_splitmix64_gives_the_published_sequence():
     assert splitmix64(np.uint64(1234567), np.arange(5, dtype=np.uint64)).tolist() == published
 
 
-def test_bits_chain_over_counters_and_broadcast():
+def test_bits_chain_over_counters_and_broadcast() -> None:
     table = bits(3, CROP, np.arange(4)[:, None], np.arange(5))
     assert table.shape == (4, 5) and table.dtype == np.uint64
     assert table[2, 3] == bits(3, CROP, 2, 3) == splitmix64(bits(3, CROP, 2), np.uint64(3))
@@ -67,14 +67,14 @@ def test_bits_chain_over_counters_and_broadcast():
     assert len(np.unique(everything)) == everything.size
 
 
-def test_uniform_is_uniform_and_below_one():
+def test_uniform_is_uniform_and_below_one() -> None:
     draws = uniform(0, CROP, np.arange(100_000))
     assert draws.min() >= 0 and draws.max() < 1
     assert chisquare(np.bincount((draws * 100).astype(int), minlength=100)).pvalue > UNLIKELY
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_seeds_beyond_64_bits_are_refused(seed: int):
+def test_seeds_beyond_64_bits_are_refused(seed: int) -> None:
     for use in (lambda: plan(seed=seed), lambda: mask_at(seed, 0, 0, (7, 7), 0.5)):
         with pytest.raises(ValueError, match=r"train\.seed=-?\d+ must be a whole number from 0 to 2\^64-1\."):
             use()
@@ -84,7 +84,7 @@ def test_seeds_beyond_64_bits_are_refused(seed: int):
 # Whole plans
 
 
-def test_known_answers():
+def test_known_answers() -> None:
     """Runs of released versions must be resumed and repeated for ever: these numbers may never change."""
     batch = plan().micro_batch_at(11, 3)
     assert bits(0, MASK, 1, 2).item() == 11535378179678478120
@@ -95,7 +95,7 @@ def test_known_answers():
     assert order_at(0, 0, np.arange(4), 10**9).tolist() == [421119360, 56025798, 899552759, 406941901]
 
 
-def test_types_and_shapes():
+def test_types_and_shapes() -> None:
     batch = plan(micro_batch=6).micro_batch_at(0, 1)
     assert (batch.ids.dtype, batch.ids.shape) == (np.int64, (6,))
     assert (batch.windows.dtype, batch.windows.shape) == (np.int32, (6, 4))
@@ -103,7 +103,7 @@ def test_types_and_shapes():
     assert (batch.mask.dtype, batch.mask.shape) == (bool, (7, 7))
 
 
-def test_a_step_is_the_same_whatever_was_asked_before_and_whoever_asks():
+def test_a_step_is_the_same_whatever_was_asked_before_and_whoever_asks() -> None:
     here, there = plan(), plan()
     for k in range(6):
         for step in (0, 3, 9):
@@ -115,7 +115,7 @@ def test_a_step_is_the_same_whatever_was_asked_before_and_whoever_asks():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_ranks_that_share_out_the_micro_batches_see_one_global_batch(ranks: int):
+def test_ranks_that_share_out_the_micro_batches_see_one_global_batch(ranks: int) -> None:
     shared = plan()
     seen = [
         shared.micro_batch_at(2, turn * ranks + rank).ids
@@ -126,21 +126,21 @@ def test_ranks_that_share_out_the_micro_batches_see_one_global_batch(ranks: int)
     assert sorted(np.concatenate(seen)) == sorted(expected)
 
 
-def test_crops_and_flips_do_not_depend_on_the_size_of_micro_batches():
+def test_crops_and_flips_do_not_depend_on_the_size_of_micro_batches() -> None:
     small, large = plan(micro_batch=4), plan(micro_batch=12)
     for field in ("ids", "windows", "flips"):
         pieces = [getattr(small.micro_batch_at(6, k), field) for k in range(3)]
         assert np.array_equal(np.concatenate(pieces), getattr(large.micro_batch_at(6, 0), field))
 
 
-def test_windows_belong_to_the_sizes_of_their_images():
+def test_windows_belong_to_the_sizes_of_their_images() -> None:
     sizes = np.random.default_rng(0).integers(20, 900, (100, 2), dtype=np.int32)
     batch = Plan(7, sizes, 24, 12, (7, 7)).micro_batch_at(9, 1)
     expected = windows_at(7, 9, np.arange(12, 24), sizes[batch.ids], SCALE, RATIO)
     assert np.array_equal(batch.windows, expected)
 
 
-def test_an_epoch_visits_every_image_once_up_to_the_dropped_tail():
+def test_an_epoch_visits_every_image_once_up_to_the_dropped_tail() -> None:
     epochs = plan(images=100, global_batch=24)
     assert epochs.steps_per_epoch == 4
     for epoch in range(5):
@@ -149,25 +149,25 @@ def test_an_epoch_visits_every_image_once_up_to_the_dropped_tail():
         assert len(np.unique(ids)) == len(ids) == 96
 
 
-def test_images_of_the_tail_change_from_epoch_to_epoch():
+def test_images_of_the_tail_change_from_epoch_to_epoch() -> None:
     tails = [set(order_at(7, epoch, np.arange(96, 100), 100)) for epoch in range(5)]
     assert len(set.union(*tails)) > 10
 
 
-def test_flips_are_even_and_can_be_off():
+def test_flips_are_even_and_can_be_off() -> None:
     flips = np.concatenate([plan().micro_batch_at(step, 0).flips for step in range(2500)])
     assert chisquare(np.bincount(flips)).pvalue > UNLIKELY
     assert not any(plan(flip=False).micro_batch_at(step, 0).flips.any() for step in range(100))
 
 
-def test_global_generators_are_left_alone():
+def test_global_generators_are_left_alone() -> None:
     numpy_before, torch_before = np.random.get_state()[1].copy(), torch.get_rng_state()
     plan().micro_batch_at(3, 1)
     assert np.array_equal(np.random.get_state()[1], numpy_before)
     assert torch.equal(torch.get_rng_state(), torch_before)
 
 
-def test_the_arithmetic_wraps_around_without_a_warning():
+def test_the_arithmetic_wraps_around_without_a_warning() -> None:
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         plan(seed=2**64 - 1).micro_batch_at(2**40, 5)
@@ -180,14 +180,14 @@ def test_the_arithmetic_wraps_around_without_a_warning():
         ({"images": 23}, r"There are 23 images \(data\.root\), too few for one step of train\.global_batch=24"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_in_one_sentence(options: dict[str, int], sentence: str):
+def test_sizes_that_do_not_fit_are_refused_in_one_sentence(options: dict[str, int], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as refused:
         plan(**options)
     assert str(refused.value).count(". ") == 0
 
 
 @pytest.mark.parametrize(("step", "k"), [(-1, 0), (0, -1), (0, 6)])
-def test_places_outside_the_global_batch_are_refused(step: int, k: int):
+def test_places_outside_the_global_batch_are_refused(step: int, k: int) -> None:
     with pytest.raises(IndexError, match="no micro-batch"):
         plan().micro_batch_at(step, k)
 
@@ -195,7 +195,7 @@ def test_places_outside_the_global_batch_are_refused(step: int, k: int):
 # Replacements
 
 
-def test_choices_name_other_images_and_leave_all_else_as_it_is():
+def test_choices_name_other_images_and_leave_all_else_as_it_is() -> None:
     sizes = np.random.default_rng(0).integers(64, 900, (1000, 2)).astype(np.int32)
     varied = Plan(5, sizes, 32, 8, (7, 7))
     first, choices = varied.micro_batch_at(3, 1), np.array([0, 1, 0, 2, 0, 0, 7, 0])
@@ -206,7 +206,7 @@ def test_choices_name_other_images_and_leave_all_else_as_it_is():
     assert (second.flips == first.flips).all() and (second.mask == first.mask).all()
 
 
-def test_replacements_are_even_over_the_set_and_differ_between_steps_places_and_choices():
+def test_replacements_are_even_over_the_set_and_differ_between_steps_places_and_choices() -> None:
     steps, places, choices = np.arange(300)[:, None, None], np.arange(32)[:, None], np.arange(1, 11)
     drawn = replacements_at(1, steps, places, choices, 100)
     assert drawn.min() == 0 and drawn.max() == 99
@@ -219,25 +219,25 @@ def test_replacements_are_even_over_the_set_and_differ_between_steps_places_and_
 
 
 @pytest.mark.parametrize("count", [*range(1, 40), 97, 256, 257, 1000, 65_537])
-def test_every_order_is_a_permutation(count: int):
+def test_every_order_is_a_permutation(count: int) -> None:
     for seed in range(3):
         assert np.array_equal(np.sort(order_at(seed, seed, np.arange(count), count)), np.arange(count))
 
 
-def test_orders_differ_between_epochs_and_seeds():
+def test_orders_differ_between_epochs_and_seeds() -> None:
     seen = {tuple(order_at(seed, epoch, np.arange(50), 50)) for seed in range(20) for epoch in range(20)}
     assert len(seen) == 400
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_small_sets_take_all_their_orders_equally_often(count: int):
+def test_small_sets_take_all_their_orders_equally_often(count: int) -> None:
     _, times = np.unique(orders(count, 6000), axis=0, return_counts=True)
     assert len(times) == np.prod(np.arange(1, count + 1))
     assert chisquare(times).pvalue > UNLIKELY
 
 
 @pytest.mark.parametrize(("count", "epochs"), [(7, 4000), (9, 4000), (10, 4000), (16, 4000), (97, 2000)])
-def test_every_image_is_equally_often_at_every_position(count: int, epochs: int):
+def test_every_image_is_equally_often_at_every_position(count: int, epochs: int) -> None:
     positions = np.array([np.bincount(column, minlength=count) for column in orders(count, epochs).T])
     deviation = ((positions - epochs / count) ** 2 / (epochs / count)).sum()
     # rows and columns of the table have fixed sums, which leaves (count - 1)**2 degrees of freedom
@@ -245,7 +245,7 @@ def test_every_image_is_equally_often_at_every_position(count: int, epochs: int)
 
 
 @pytest.mark.parametrize(("count", "epochs"), [(7, 4000), (9, 4000), (10, 4000), (16, 4000), (97, 2000)])
-def test_no_image_prefers_a_successor(count: int, epochs: int):
+def test_no_image_prefers_a_successor(count: int, epochs: int) -> None:
     order = orders(count, epochs)
     different = ~np.eye(count, dtype=bool)
     pairs = np.bincount((order[:, :-1] * count + order[:, 1:]).ravel(), minlength=count**2).reshape(count, count)
@@ -255,7 +255,7 @@ def test_no_image_prefers_a_successor(count: int, epochs: int):
 
 
 @pytest.mark.parametrize("count", [1_281_167, 10**9, 2**40 + 1])
-def test_huge_sets_are_evaluated_for_the_asked_positions_alone(count: int):
+def test_huge_sets_are_evaluated_for_the_asked_positions_alone(count: int) -> None:
     positions = np.arange(count - 100_000, count)
     images = order_at(1, 2, positions, count)
     assert len(np.unique(images)) == len(images)
@@ -264,7 +264,7 @@ def test_huge_sets_are_evaluated_for_the_asked_positions_alone(count: int):
     assert order_at(1, 2, positions[:5], count).tolist() == images[:5].tolist()
 
 
-def test_a_batch_of_a_billion_images_is_planned_quickly():
+def test_a_batch_of_a_billion_images_is_planned_quickly() -> None:
     huge = plan(images=10**9, global_batch=4096, micro_batch=256)
     huge.micro_batch_at(10**6, 3)
     # 0.4 ms on two cores of a server; the limit leaves room for a busy machine and none for work per image

@@ -46,11 +46,11 @@ def measured(folder: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
 # Directories
 
 
-def test_images_are_found_at_any_depth_and_sorted(root: Path):
+def test_images_are_found_at_any_depth_and_sorted(root: Path) -> None:
     assert listed(root) == ["cat/z.Jpeg", "dog/deep/er/x.png", "dog/y.JPG", "top.bmp"]
 
 
-def test_directories_and_other_files_are_counted(root: Path):
+def test_directories_and_other_files_are_counted(root: Path) -> None:
     for name in ("readme.txt", "cat/noextension", "dog/jpg", ".hidden.txt"):
         (root / name).touch()
     os.utime(root / "cat", ns=(0, 123456789))
@@ -62,20 +62,20 @@ def test_directories_and_other_files_are_counted(root: Path):
     assert np.array_equal(scan.mtimes_of(os.fsencode(root), listing.directories), listing.mtimes)
 
 
-def test_hidden_files_and_folders_are_skipped(root: Path):
+def test_hidden_files_and_folders_are_skipped(root: Path) -> None:
     before = listed(root)
     for name in (".x.png", ".hidden/x.png", "cat/.cache/deep/x.png", "dog/.y.png"):
         write_image(root / name)
     assert listed(root) == before
 
 
-def test_the_folder_of_the_index_is_skipped(root: Path):
+def test_the_folder_of_the_index_is_skipped(root: Path) -> None:
     write_image(root / "index" / "x.png")
     listing = scan.list_images(os.fsencode(root), os.fsencode(root / "index"), progress=False)
     assert b"index/x.png" not in listing.images and b"index" not in listing.directories
 
 
-def test_links_are_followed_and_loops_are_not(root: Path, tmp_path: Path):
+def test_links_are_followed_and_loops_are_not(root: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "elsewhere" / "linked.png")
     (root / "bird").symlink_to(tmp_path / "elsewhere")
     (root / "fowl").symlink_to(tmp_path / "elsewhere")
@@ -87,7 +87,7 @@ def test_links_are_followed_and_loops_are_not(root: Path, tmp_path: Path):
     assert listed(root) == [*found, "top.bmp"]
 
 
-def test_a_directory_is_listed_once_its_time_can_no_longer_repeat(root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_directory_is_listed_once_its_time_can_no_longer_repeat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(scan.time, "sleep", slept.append)
     monkeypatch.setattr(scan.time, "time_ns", lambda: 10**18)
@@ -96,7 +96,7 @@ def test_a_directory_is_listed_once_its_time_can_no_longer_repeat(root: Path, mo
     assert slept == [scan.TICK_NS / 2 / 1e9]
 
 
-def test_a_folder_that_cannot_be_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_read_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(path: bytes, mtime_ns: int) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_read_is_refused(root: Path, monkeypatch: pytest
 # Headers
 
 
-def test_sizes_are_height_width_and_bytes(tmp_path: Path):
+def test_sizes_are_height_width_and_bytes(tmp_path: Path) -> None:
     for place, name in enumerate(("a.jpg", "b.png", "c.webp", "d.bmp")):
         write_image(tmp_path / name, width=30 + place, height=20 + place)
     sizes, _ = measured(tmp_path)
@@ -120,7 +120,7 @@ def test_sizes_are_height_width_and_bytes(tmp_path: Path):
     }
 
 
-def test_broken_headers_come_with_reasons(tmp_path: Path):
+def test_broken_headers_come_with_reasons(tmp_path: Path) -> None:
     reasons = {
         "empty.jpg": (b"", "empty file"),
         "gif.JPEG": (b"GIF89a" + bytes(100), "neither JPEG, PNG, WebP nor BMP"),
@@ -146,7 +146,7 @@ def test_broken_headers_come_with_reasons(tmp_path: Path):
     assert all(broken.values())
 
 
-def test_content_decides_what_a_file_is(tmp_path: Path):
+def test_content_decides_what_a_file_is(tmp_path: Path) -> None:
     write_image(tmp_path / "x.png", 30, 20).rename(tmp_path / "x.jpg")
     assert measured(tmp_path)[0]["x.jpg"][:2] == [20, 30]
 
@@ -161,20 +161,22 @@ def test_content_decides_what_a_file_is(tmp_path: Path):
     ],
 )
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (301, 17), (16383, 2), (2, 16383)])
-def test_sizes_of_all_kinds_of_webp(tmp_path: Path, mode: str, options: dict, kind: bytes, width: int, height: int):
+def test_sizes_of_all_kinds_of_webp(
+    tmp_path: Path, mode: str, options: dict, kind: bytes, width: int, height: int
+) -> None:
     Image.new(mode, (width, height)).save(tmp_path / "x.webp", **options)
     assert (tmp_path / "x.webp").read_bytes()[12:16] == kind
     assert measured(tmp_path)[0]["x.webp"][:2] == [height, width]
 
 
-def test_orientation_is_not_applied(tmp_path: Path):
+def test_orientation_is_not_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter
     write_image(tmp_path / "x.jpg", 40, 20, exif=exif)
     assert measured(tmp_path)[0]["x.jpg"][:2] == [20, 40]
 
 
-def test_huge_photographs_are_measured_without_a_warning(tmp_path: Path):
+def test_huge_photographs_are_measured_without_a_warning(tmp_path: Path) -> None:
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", b""))
     png = b"".join(struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
@@ -184,7 +186,7 @@ def test_huge_photographs_are_measured_without_a_warning(tmp_path: Path):
         assert measured(tmp_path)[0]["x.png"][:2] == [20_000, 20_000]
 
 
-def test_more_images_than_one_batch_keep_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_more_images_than_one_batch_keep_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "BATCH", 3)
     for i in range(10):
         write_image(tmp_path / f"{i}.png", width=i + 1)
@@ -194,7 +196,7 @@ def test_more_images_than_one_batch_keep_their_rows(tmp_path: Path, monkeypatch:
     assert list(broken) == ["4.png"]
 
 
-def test_removed_directories_are_an_error(root: Path):
+def test_removed_directories_are_an_error(root: Path) -> None:
     shutil.rmtree(root / "dog" / "deep")
     with pytest.raises(FileNotFoundError):
         scan.mtimes_of(os.fsencode(root), np.array([b"cat", b"dog/deep"]))

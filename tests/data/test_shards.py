@@ -18,7 +18,7 @@ from mixmim_ds.data.dali import build_pipeline, run_pipeline
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.pack import pack
 from mixmim_ds.data.plan import windows_at
-from mixmim_ds.data.shards import ShardIndex, open_shards
+from mixmim_ds.data.shards import Images, ShardIndex, open_shards
 
 CPU = torch.device("cpu")
 
@@ -65,13 +65,15 @@ def names(index: ShardIndex) -> list[str]:
 # What is found
 
 
-def test_shards_hold_the_images_of_their_folder_with_their_labels(photographs: Path, packed: Path, index_dir: Path):
+def test_shards_hold_the_images_of_their_folder_with_their_labels(
+    photographs: Path, packed: Path, index_dir: Path
+) -> None:
     folder, found = open_index(photographs, index_dir), open_shards(f"{packed}/*.tar", index_dir)
     assert len(found) == len(folder) == 300
     numbers = [str(folder.classes.index(name)) for name in folder.classes]
     assert found.classes == sorted(numbers, key=int) and found.broken == []
 
-    def told(index, i: int, class_of: Callable[[int], str]) -> tuple:
+    def told(index: Images, i: int, class_of: Callable[[int], str]) -> tuple:
         with index.open(i) as file:
             content = hashlib.sha256(file.read()).hexdigest()
         return content, class_of(index.labels[i]), *index.sizes[i].tolist()
@@ -80,7 +82,7 @@ def test_shards_hold_the_images_of_their_folder_with_their_labels(photographs: P
     assert in_shards == {told(folder, i, lambda label: folder.classes[label]) for i in range(300)}
 
 
-def test_images_are_named_labelled_and_given(shards: str, index_dir: Path):
+def test_images_are_named_labelled_and_given(shards: str, index_dir: Path) -> None:
     for index in (open_shards(shards, index_dir), open_shards(shards, index_dir)):
         assert names(index) == ["t-0.tar:a.jpg", "t-0.tar:b.png", "t-1.tar:c.jpg"]
         assert index.sizes.tolist() == [[30, 41], [30, 42], [30, 43]]
@@ -92,7 +94,7 @@ def test_images_are_named_labelled_and_given(shards: str, index_dir: Path):
         assert all(isinstance(array, np.memmap) for array in arrays)
 
 
-def test_classes_of_words_are_sorted(tmp_path: Path, index_dir: Path):
+def test_classes_of_words_are_sorted(tmp_path: Path, index_dir: Path) -> None:
     labels = ["dog", "Cat", 10, None, "dog"]
     members = {f"{i}.json": json.dumps({"label": label}).encode() for i, label in enumerate(labels)}
     write_tar(tmp_path / "x.tar", members | {f"{i}.jpg": picture() for i in range(5)})
@@ -100,7 +102,7 @@ def test_classes_of_words_are_sorted(tmp_path: Path, index_dir: Path):
     assert index.classes == ["10", "Cat", "dog"] and index.labels.tolist() == [2, 1, 0, -1, 2]
 
 
-def test_broken_members_are_told_and_left_out(tmp_path: Path, index_dir: Path):
+def test_broken_members_are_told_and_left_out(tmp_path: Path, index_dir: Path) -> None:
     write_tar(tmp_path / "x.tar", {"a.jpg": picture(), "b.jpg": b"text", "c.jpg": picture()})
     write_tar(tmp_path / "y.tar", {})
     for index in (open_shards(f"{tmp_path}/*.tar", index_dir), open_shards(f"{tmp_path}/*.tar", index_dir)):
@@ -108,7 +110,7 @@ def test_broken_members_are_told_and_left_out(tmp_path: Path, index_dir: Path):
         assert names(index) == ["x.tar:a.jpg", "x.tar:c.jpg"]
 
 
-def test_a_copy_elsewhere_has_the_same_fingerprint(packed: Path, tmp_path: Path, index_dir: Path):
+def test_a_copy_elsewhere_has_the_same_fingerprint(packed: Path, tmp_path: Path, index_dir: Path) -> None:
     """Whatever the pattern and the folders: the same images in the same rows."""
     original = open_shards(f"{packed}/train-{{000000..000004}}.tar", index_dir)
     for folder, moved in (("z", ("train-000000.tar", "train-000003.tar")), ("a", ("train-00000[124].tar",))):
@@ -132,7 +134,7 @@ def decode(index: Index | ShardIndex, ids: np.ndarray, windows: np.ndarray) -> t
     return run_pipeline(pipeline, CPU).clone()
 
 
-def test_bytes_of_a_shard_decode_as_the_file_they_came_from(photographs: Path, packed: Path, index_dir: Path):
+def test_bytes_of_a_shard_decode_as_the_file_they_came_from(photographs: Path, packed: Path, index_dir: Path) -> None:
     folder, found = open_index(photographs, index_dir), open_shards(f"{packed}/*.tar", index_dir)
     place = {folder.path(i).read_bytes(): i for i in range(300)}
     rows = np.arange(0, 300, 5)
@@ -144,7 +146,7 @@ def test_bytes_of_a_shard_decode_as_the_file_they_came_from(photographs: Path, p
 # The cache
 
 
-def test_a_second_open_reads_no_shard(shards: str, index_dir: Path, shards_read: list[str]):
+def test_a_second_open_reads_no_shard(shards: str, index_dir: Path, shards_read: list[str]) -> None:
     first = open_shards(shards, index_dir)
     assert sorted(shards_read) == ["t-0.tar", "t-1.tar"]
     second = open_shards(shards, index_dir)
@@ -167,7 +169,7 @@ def rewrite(shard: Path) -> None:
 )
 def test_changed_shards_are_noticed(
     shards: str, index_dir: Path, shards_read: list[str], change: Callable[[Path], object], images: int
-):
+) -> None:
     folder = Path(shards).parent
     open_shards(f"{folder}/*.tar", index_dir)
     shards_read.clear()
@@ -178,7 +180,7 @@ def test_changed_shards_are_noticed(
     assert sorted(file.name for file in place.glob("s*.npy")) == ["sizes.npy", "spans.npy", "states.npy"]
 
 
-def test_a_folder_and_shards_do_not_share_a_place(shards: str, index_dir: Path):
+def test_a_folder_and_shards_do_not_share_a_place(shards: str, index_dir: Path) -> None:
     folder = Path(shards).parent
     (folder / "x.jpg").write_bytes(picture())
     open_index(folder, index_dir)
@@ -197,7 +199,7 @@ def refusal(pattern: str, index_dir: Path) -> str:
     return sentence.removeprefix(f"data.root={pattern}")
 
 
-def test_a_shard_that_is_no_whole_plain_tar_is_refused(shards: str, index_dir: Path):
+def test_a_shard_that_is_no_whole_plain_tar_is_refused(shards: str, index_dir: Path) -> None:
     shard = Path(shards).parent / "t-1.tar"
     whole = shard.read_bytes()
     for content, phrase in (
@@ -210,7 +212,7 @@ def test_a_shard_that_is_no_whole_plain_tar_is_refused(shards: str, index_dir: P
     assert list(index_dir.iterdir()) == []
 
 
-def test_shards_without_images_are_refused(tmp_path: Path, index_dir: Path):
+def test_shards_without_images_are_refused(tmp_path: Path, index_dir: Path) -> None:
     write_tar(tmp_path / "x.tar", {"a.txt": b"text"})
     write_tar(tmp_path / "y.tar", {})
     assert refusal(f"{tmp_path}/*.tar", index_dir) == (

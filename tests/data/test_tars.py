@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tars import picture, write_tar
 
-from mixmim_ds.data.tars import read_contents, split_name
+from mixmim_ds.data.tars import Contents, read_contents, split_name
 
 
-def contents_of(tmp_path: Path, members: dict[str, bytes]):
+def contents_of(tmp_path: Path, members: dict[str, bytes]) -> Contents:
     return read_contents(str(write_tar(tmp_path / "x.tar", members)))
 
 
