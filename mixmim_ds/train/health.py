@@ -79,13 +79,17 @@ def _open_store(rank: int, timeout_s: int) -> dist.Store:
     Args:
         timeout_s: seconds that other ranks wait for what rank 0 has to do first, building the index too.
     """
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), _port(int(os.environ.get("MASTER_PORT", 0)))
     try:
-        timeout = timedelta(seconds=timeout_s)
-        return dist.TCPStore(address, port and port + PORTS, None, rank == 0, timeout, wait_for_workers=False)
+        return dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=timeout_s), wait_for_workers=False)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise RankFailed(f"{node()} cannot reach node {nodes()[0]} at {address}:{port + PORTS} ({reason}).") from error
+        raise RankFailed(f"{node()} cannot reach node {nodes()[0]} at {address}:{port} ({reason}).") from error
+
+
+def _port(rendezvous: int) -> int:
+    """Another port than that of the run's rendezvous, found alike by all ranks; any (0) where there is none."""
+    return rendezvous and (rendezvous + PORTS if rendezvous + PORTS < 1 << 16 else rendezvous - PORTS)
 
 
 def _told(store: dist.Store, rank: int, size: int, name: str, say: Callable[[], str]) -> str:

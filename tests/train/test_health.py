@@ -100,6 +100,10 @@ def test_a_node_whose_clock_is_astray_is_named(monkeypatch: pytest.MonkeyPatch) 
     health._compare_clocks(world)
 
 
+def test_the_checks_port_is_one_that_exists() -> None:
+    assert [health._port(given) for given in (0, 29_500, 55_535, 60_000)] == [0, 39_500, 65_535, 50_000]
+
+
 def test_a_silent_node_is_named(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four ranks on two nodes only the first answers."""
     config.train.global_batch = 32
