@@ -160,7 +160,7 @@ def _begin(task: Task, world: World) -> Run:
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = task.model.flops_per_image()  # before ZeRO-3 takes the weights apart
-    start, engine = resume(config, task.model, world, task.scale_of, task.begin)
+    start, engine = resume(config, task.model, world, task.scale_of, None if weights else task.begin)
     if weights:
         log.info("starting anew from the weights of %s", weights)
     metrics = Metrics(Path(config.run_dir), world, start, last, train.global_batch, flops, config.precision)

@@ -101,6 +101,17 @@ def test_a_run_whose_only_checkpoint_is_damaged_begins_with_init_again(larger: l
 
 
 @pytest.mark.slow
+def test_a_run_that_starts_anew_from_its_weights_leaves_init_alone(larger: list[str], tmp_path: Path) -> None:
+    words = [*larger, f"run_dir={tmp_path}", "train.max_steps=2"]
+    tasks(*words, processes=1, script=SCRIPT)
+    tasks(*words, "optim.base_lr=1e-30", "optim.min_lr=0", "resume=weights", processes=1, script=SCRIPT)
+    earlier, anew = (
+        read_saved(folder / "checkpoints" / "step_00000002").masters for folder in (tmp_path / "earlier_1", tmp_path)
+    )
+    assert all(torch.equal(anew[name].contiguous(), master.contiguous()) for name, master in earlier.items())
+
+
+@pytest.mark.slow
 def test_half_precision_begins_with_the_exact_weights(straight: Path, larger: list[str], tmp_path: Path) -> None:
     words = ["precision=bf16", "model.img_size=64", "optim.base_lr=1e-30", "train.max_steps=1"]
     tasks(*larger, *words, f"run_dir={tmp_path}", processes=1, script=SCRIPT)
