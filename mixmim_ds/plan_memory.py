@@ -11,7 +11,6 @@ Model states follow DeepSpeed 0.19.8: bf16_optimizer.py (which serves ZeRO-1 in 
 stage_1_and_2.py and stage3.py. Padding, under a thousandth, is left out. All sizes are bytes.
 """
 
-import json
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from mixmim_ds.config import ModelConfig, PretrainConfig
 from mixmim_ds.models import MixMIM, build_model
-from mixmim_ds.train.engine import zero_stage
+from mixmim_ds.train.engine import ds_settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("none", "selective", "full")
@@ -156,11 +155,10 @@ class Mechanics:
 
 
 def mechanics(config: PretrainConfig) -> Mechanics:
-    """Of the file that `ds` names. ValueError as `zero_stage`."""
-    stage = zero_stage(config)
-    settings = json.loads(config.ds_path.read_text())
-    communication = settings.get("communication_data_type", config.precision)
-    return Mechanics(stage, DeepSpeedZeroConfig(**settings["zero_optimization"]), 4 if communication == "fp32" else 2)
+    """Of the file that `ds` names. ValueError as `ds_settings`."""
+    settings = ds_settings(config)
+    zero, communication = settings["zero_optimization"], settings.get("communication_data_type", config.precision)
+    return Mechanics(zero["stage"], DeepSpeedZeroConfig(**zero), 4 if communication == "fp32" else 2)
 
 
 @dataclass(frozen=True)

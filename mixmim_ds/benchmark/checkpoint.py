@@ -54,11 +54,13 @@ def _time(arguments: argparse.Namespace, config: PretrainConfig, world: World) -
     saver, step = checkpoint.Saver(engine, config, world, 0), 0
 
     def save() -> dict[str, float]:
+        """Saves as the next step."""
         nonlocal step
         step += 1
         return {"save_s": saver.save(step, must=True)}
 
     def go_on() -> dict[str, float]:
+        """Resumes with a model and an engine of its own."""
         model = build_model(config.model)
         began = time.perf_counter()
         resume(config, model, world)

@@ -48,7 +48,7 @@ def accumulation(config: RunConfig, processes: int) -> int:
 
 def zero_stage(config: RunConfig) -> int:
     """The ZeRO stage of the file that `ds` names: 1, 2 or 3. ValueError if a run cannot take the file."""
-    stage: int = _mechanics(config.ds_path)["zero_optimization"]["stage"]
+    stage: int = ds_settings(config)["zero_optimization"]["stage"]
     return stage
 
 
@@ -58,8 +58,10 @@ def check_compile(config: RunConfig) -> None:
         raise ValueError("compile=true does not go with ZeRO-3, whose hooks break every graph; use ds=zero1 or zero2.")
 
 
-def _mechanics(path: Path) -> dict[str, Any]:
-    """What the file sets. ValueError, in one sentence that begins with `ds: PATH`, if a run cannot take it."""
+def ds_settings(config: RunConfig) -> dict[str, Any]:
+    """What the file that `ds` names sets. ValueError, in one sentence that begins with `ds: PATH`, if a run cannot take
+    it."""
+    path = config.ds_path
     try:
         settings = json.loads(path.read_text())
     except ValueError as error:
@@ -115,7 +117,7 @@ def engine_config(config: RunConfig, processes: int) -> dict[str, Any]:
         raise ValueError("precision=fp16 is not supported by this device; use bf16 or fp32.")
     check_compile(config)
     joined = {
-        **_mechanics(config.ds_path),
+        **ds_settings(config),
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         # Truthful: ZeRO keeps only the last of several backward passes where it is told of one.

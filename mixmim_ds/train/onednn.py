@@ -37,6 +37,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the output [..., out]: the gradients of x, weight and bias, None where none is wanted."""
         x, weight = context.saved_tensors
         rows = gradient.reshape(-1, weight.shape[0])
         of_x, of_weight, of_bias = context.needs_input_grad

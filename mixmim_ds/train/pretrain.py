@@ -68,6 +68,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
         return extract(encoder, View(), part, world.device, threads, batch, world.rank, world.size)
 
     def scores(path: Path) -> dict[str, float]:
+        """Of a checkpoint, on the first rank; nothing elsewhere."""
         weights = read_saved(path).weights.items()
         load_weights(encoder, {name.removeprefix(ENCODER): t for name, t in weights if name.startswith(ENCODER)})
         known: list[Vectors] = []
