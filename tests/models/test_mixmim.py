@@ -12,7 +12,9 @@ from mixmim_ds.models.mixmim import normalise, patchify, unpatchify
 SMALL_DECODER = {"decoder_dim": 64, "decoder_depth": 2, "decoder_num_heads": 4}
 
 
-def build(encoder: str = "mixmim_tiny", img_size: int = 64, dtype: torch.dtype = torch.float64, **options) -> MixMIM:
+def build(
+    encoder: str = "mixmim_tiny", img_size: int | tuple[int, int] = 64, dtype: torch.dtype = torch.float64, **options
+) -> MixMIM:
     """A model whose biases, norms and tables are no longer at their initial zeros and ones, which would hide errors."""
     torch.manual_seed(0)
     model = MixMIM(encoder, img_size, **{**SMALL_DECODER, **options}).to(dtype)
@@ -66,12 +68,13 @@ def assert_equals_reference(model: MixMIM, images: Tensor, mask: Tensor, toleran
         (64, 2, 2, {}),
         (64, 4, 1, {"norm_pix_loss": False}),
         (96, 6, 4, {}),
+        ((64, 96), 4, 3, {}),
         (128, 2, 8, {"decoder_depth": 1}),
         (224, 2, 24, {}),
     ],
 )
 def test_loss_prediction_and_gradients_equal_the_reference(
-    img_size: int, batch: int, masked: int, options: dict
+    img_size: int | tuple[int, int], batch: int, masked: int, options: dict
 ) -> None:
     model = build(img_size=img_size, **options)
     assert_equals_reference(model, *some_input(model, batch, masked), tolerance=1e-10)
