@@ -1,0 +1,89 @@
+"""What fine-tuning's checkpoints are worth: counted, kept, exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from launching import tasks
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as vision
+from tuning import SCRIPT, STEPS, told
+
+from mixmim_ds.compose import load_finetune_config
+from mixmim_ds.data.labelled import open_labelled
+from mixmim_ds.export.weights import read_weights
+
+
+@pytest.mark.slow
+def test_every_image_is_counted_once_by_any_number_of_processes(straight: Path, options: list[str]) -> None:
+    found = []
+    for processes in (1, 2, 3):
+        printed = tasks(*options, f"init={straight}", "eval_only=true", processes=processes, script=SCRIPT)
+        found.append(json.loads(printed.splitlines()[-1]))
+    assert found[0] == found[1] == found[2]
+    best = max(told(straight)[1], key=lambda row: row["top1"])
+    assert {name: found[0][name] for name in ("top1", "top5", "images")} == {
+        name: best[name] for name in ("top1", "top5", "images")
+    }
+    assert best["top1"] > 2 / 13, "twice chance"
+
+
+def test_a_broken_image_to_judge_by_is_left_out_and_named_by_the_first_rank(
+    straight: Path, labelled: Path, options: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(labelled, tmp_path / "data")
+    data = [f"data.root={tmp_path / 'data'}", f"data.index_dir={tmp_path / 'index'}"]
+    _, val = open_labelled(load_finetune_config([*options, "run_dir=UNUSED", *data]).data)
+    name = val.images.name(20)  # of the second batch of 16, which is the second rank's
+    path = tmp_path / "data" / "val" / name
+    path.write_bytes(path.read_bytes()[:300])
+    printed = tasks(*options, *data, f"init={straight}", "eval_only=true", script=SCRIPT)
+    assert printed.count(f"{name} is left out of the evaluation, for it cannot be decoded (") == 1
+    assert json.loads(printed.splitlines()[-1])["images"] == 72
+
+
+def test_the_best_checkpoint_stays(straight: Path) -> None:
+    judged = told(straight)[1]
+    best = max(judged, key=lambda row: row["top1"])
+    assert (straight / "checkpoints" / "best").read_text() == f"step_{best['step']:08d}"
+    assert (straight / "checkpoints" / f"step_{best['step']:08d}" / "COMPLETE.json").exists()
+
+
+def test_a_run_whose_best_is_gone_is_exported_as_it_is(straight: Path, tmp_path: Path) -> None:
+    """Damage, say, has set it aside."""
+    folder = shutil.copytree(straight, tmp_path / "run")
+    (folder / "checkpoints" / "best").write_text("step_00000001")
+    assert f"step_{STEPS:08d}" in read_weights(folder).checkpoint.path.name
+
+
+def test_the_export_tells_what_the_run_reported(straight: Path, labelled: Path) -> None:
+    """By timm and PIL alone."""
+    model = timm.create_model(f"local-dir:{straight / 'timm'}", pretrained=True).eval()
+    classes = json.loads((straight / "timm" / "config.json").read_text())["label_names"]
+    data = timm.data.resolve_data_config(model.pretrained_cfg)
+    right, paths = 0, sorted((labelled / "val").glob("*/*"))
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        side = round(min(image.size) * data["crop_pct"])
+        top, left = (image.height - side) // 2, (image.width - side) // 2
+        pixels = vision.resized_crop(image, top, left, side, side, [64, 64], InterpolationMode.BICUBIC)
+        with torch.no_grad():
+            logits = model(vision.normalize(vision.to_tensor(pixels), data["mean"], data["std"])[None])
+        right += classes[int(logits.argmax())] == path.parent.name
+    best = max(row["top1"] for row in told(straight)[1])
+    assert abs(right / len(paths) - best) < 1.5 / 73, "DALI's antialiased cubic is a level off PIL's here and there"
+
+
+def test_a_classifier_of_other_classes_judges_nothing(
+    labelled: Path, options: list[str], straight: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(labelled, tmp_path / "data", symlinks=True)
+    for part in ("train", "val"):
+        min((tmp_path / "data" / part).iterdir()).rename(tmp_path / "data" / part / "zebra")
+    data = [f"data.root={tmp_path / 'data'}", f"data.index_dir={tmp_path / 'index'}"]
+    printed = tasks(*options, *data, f"init={straight}", "eval_only=true", processes=1, code=2, script=SCRIPT)
+    assert "tells 13 classes, which are not the 13 of data.root=" in printed.splitlines()[-1]
