@@ -136,6 +136,16 @@ def test_a_shrunken_window_that_is_no_square_travels(tmp_path: Path) -> None:
         assert torch.equal(value, source.state_dict()[name]), name
 
 
+def test_a_window_beyond_the_grid_is_taken_for_a_square() -> None:
+    """Of a file whose windows did not shrink; a file without positions is left to what loads it."""
+    name, table = f"layers.3.blocks.0.attn.{BIASES}", torch.randn(27 * 27, 2)
+    state = {"absolute_pos_embed": tiny(64).absolute_pos_embed, name: table}
+    fitted = fit_tables(state, (16, 16), [(8, 8), (8, 8), (4, 4), (2, 2)])
+    assert torch.equal(fitted[name], resample(table, (27, 27), (3, 3)))
+    bare = {"absolute_pos_embed": torch.randn(5), name: table}
+    assert fit_tables(bare, (16, 16), [(2, 2)] * 4) == bare
+
+
 def test_a_file_of_no_known_shape_is_one_sentence() -> None:
     state = tiny(64).state_dict()
     with pytest.raises(ValueError, match=r"absolute_pos_embed has 250 tokens, which are no square; give"):
