@@ -162,7 +162,7 @@ def _begin(task: Task, world: World) -> Run:
     flops = task.model.flops_per_image()  # before ZeRO-3 takes the weights apart
     start, engine = resume(config, task.model, world, task.scale_of, None if weights else task.begin)
     if weights:
-        log.info("starting anew from the weights of %s", weights)
+        log.info("starting anew from the weights of the earlier run's %s", weights.name)
     metrics = Metrics(Path(config.run_dir), world, start, last, train.global_batch, flops, config.precision)
     metrics.options(asdict(config))
     saver = checkpoint.Saver(engine, config, world, start)

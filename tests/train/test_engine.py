@@ -102,7 +102,7 @@ def test_decay_leaves_out_biases_and_norms_and_nothing_else() -> None:
     assert len(decayed["params"]) + len(plain["params"]) == len(name)
     kinds = {name[id(p)].rsplit(".", 2)[-1] if "." in name[id(p)] else name[id(p)] for p in decayed["params"]}
     assert kinds == {"weight", "relative_position_bias_table", "mask_token"}
-    assert all(p.ndim == 1 for p in plain["params"])
+    assert all(p.ndim == 1 for p in plain["params"]) and all(p.ndim > 1 for p in decayed["params"])
 
 
 def test_the_learning_rate_is_the_authors() -> None:
