@@ -103,6 +103,7 @@ class TrainConfig:
     keep_last: int = 2  # rolling checkpoints that stay
     keep_every: int = 0  # checkpoints of these steps stay for ever; 0 = none
     picture_every: int = 1000  # reconstructions into TensorBoard; 0 = none
+    profile: list[int] | None = None  # the first and the last step to trace into run_dir/profile; null = none
     max_failed_saves: int = 3  # in a row (disk full, run_dir read-only); the run ends at the last
     max_bad_steps: int = 0  # with a loss or gradient that is not finite, left out; the run ends at one more
     start_timeout_s: int = 1800  # until the first step is done (indexing, compiling)
@@ -124,6 +125,11 @@ class TrainConfig:
             f"train.keep_every={self.keep_every} must be 0 or a multiple of train.save_every={self.save_every}.",
         )
         require(self.picture_every >= 0, f"train.picture_every={self.picture_every} must be 0 (none) or positive.")
+        ends = self.profile
+        require(
+            ends is None or (len(ends) == 2 and 0 < ends[0] <= ends[1] < ends[0] + 100),
+            f"train.profile={ends} must be the first and the last of at most 100 steps, as in [101,105].",
+        )
 
 
 @dataclass
@@ -226,7 +232,7 @@ FREE = {
     "probe.data", "probe.every", "eval_every", "eval_only", "data.val", "augment.workers",
     "data.root", "data.index_dir", "data.threads", "data.prefetch", "data.max_bad_share",
     "train.max_steps", "train.log_every", "train.save_every", "train.keep_last", "train.keep_every",
-    "train.picture_every", "train.max_failed_saves", "train.max_bad_steps",
+    "train.picture_every", "train.profile", "train.max_failed_saves", "train.max_bad_steps",
     "train.start_timeout_s", "train.step_timeout_s",
 }  # fmt: skip
 

@@ -71,6 +71,8 @@ def test_the_last_recipe_holds_with_a_plus_or_without() -> None:
     [
         ("train.max_steps=0", "train.max_steps=0 must be positive"),
         ("train.seed=-1", "train.seed=-1"),
+        ("train.profile=[5,4]", "train.profile=[5, 4] must be the first and the last of at most 100 steps"),
+        ("train.profile=[1,101]", "train.profile=[1, 101] must be the first and the last of at most 100 steps"),
         ("train.keep_last=1", "train.keep_last=1 must be at least 2"),
         ("train.keep_every=500", "train.keep_every=500 must be 0 or a multiple of train.save_every=1000"),
         ("model.mask_ratio=1", "model.mask_ratio=1.0 must lie between 0 and 1"),

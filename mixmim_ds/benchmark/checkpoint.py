@@ -20,7 +20,6 @@ from mixmim_ds.models import build_model
 from mixmim_ds.train import checkpoint
 from mixmim_ds.train.distributed import World, connected, on_first_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation, build_engine
-from mixmim_ds.train.loop import resume
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +62,7 @@ def _time(arguments: argparse.Namespace, config: PretrainConfig, world: World) -
         """Resumes with a model and an engine of its own."""
         model = build_model(config.model)
         began = time.perf_counter()
-        resume(config, model, world)
+        checkpoint.resume(config, model, world)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began

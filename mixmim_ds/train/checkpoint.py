@@ -1,10 +1,11 @@
-"""Saving a run so that no moment of death loses it, and finding what was saved."""
+"""Saving a run so that no moment of death loses it, and going on from what was saved."""
 
 import json
 import logging
 import shutil
 import time
 from collections import ChainMap
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -18,7 +19,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from mixmim_ds.checkpoints import BEST, MARKER, Checkpoint, read_checkpoint, sha256, steps_of, sync, write_whole
 from mixmim_ds.config import RunConfig
 from mixmim_ds.train.distributed import RunFailed, World, gather, on_every_rank, on_first_rank
-from mixmim_ds.train.restore import master_vectors
+from mixmim_ds.train.engine import Trained, build_engine
+from mixmim_ds.train.optim import ScaleOf, all_alike
+from mixmim_ds.train.restore import load_weights, master_vectors, restore, set_masters
+from mixmim_ds.zero_files import read_saved
 
 log = logging.getLogger("mixmim_ds")
 
@@ -185,6 +189,34 @@ def find(config: RunConfig, world: World) -> Checkpoint | None:
         on_first_rank(world, partial(_set_aside, found.path, found.complaint(altered)))
         found = on_first_rank(world, lambda: _newest(folder))
     return found
+
+
+def resume(
+    config: RunConfig,
+    model: Trained,
+    world: World,
+    scale_of: ScaleOf = all_alike,
+    begin: Callable[[], None] | None = None,
+) -> tuple[int, DeepSpeedEngine]:
+    """The steps done and the engine, in the state of the run folder's newest whole checkpoint if it has one.
+
+    Args:
+        begin: called where there is none, to give the model its first weights.
+    """
+    found = find(config, world)
+    if found is None:
+        if begin:
+            begin()
+        exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        engine = build_engine(config, model, world, scale_of)
+        set_masters(engine, exact)
+        return 0, engine
+    saved = read_saved(found.path)
+    on_every_rank(world, lambda: load_weights(model, saved.weights))
+    engine = build_engine(config, model, world, scale_of)
+    restore(engine, saved, found.step)
+    log.info("going on from %s", found.path)
+    return found.step, engine
 
 
 def _newest(run_dir: Path) -> Checkpoint | None:

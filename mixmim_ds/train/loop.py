@@ -4,14 +4,16 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
+from torch.profiler import record_function
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.data.loader import Batch, Loader
@@ -33,11 +35,12 @@ from mixmim_ds.train.distributed import (
     on_first_rank,
     shorten_timeout,
 )
-from mixmim_ds.train.engine import Trained, accumulation, build_engine, set_lr
+from mixmim_ds.train.engine import Trained, accumulation, set_lr
 from mixmim_ds.train.failures import BadSteps
 from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import ScaleOf, Schedule, all_alike
-from mixmim_ds.train.restore import average_weights, load_weights, restore, set_masters
+from mixmim_ds.train.profiling import Profiler
+from mixmim_ds.train.restore import average_weights, load_weights
 from mixmim_ds.train.run_folder import earlier_weights, log_failure, open_run_folder
 from mixmim_ds.zero_files import read_saved
 
@@ -81,6 +84,7 @@ class Run:
     schedule: Schedule
     metrics: Metrics
     saver: checkpoint.Saver
+    profiler: Profiler
     turns: int  # micro-batches of a step on this rank
     start: int  # steps that an earlier start of the run has done
     last: int  # the step after which the run ends
@@ -160,41 +164,14 @@ def _begin(task: Task, world: World) -> Run:
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = task.model.flops_per_image()  # before ZeRO-3 takes the weights apart
-    start, engine = resume(config, task.model, world, task.scale_of, None if weights else task.begin)
+    start, engine = checkpoint.resume(config, task.model, world, task.scale_of, None if weights else task.begin)
     if weights:
         log.info("starting anew from the weights of the earlier run's %s", weights.name)
     metrics = Metrics(Path(config.run_dir), world, start, last, train.global_batch, flops, config.precision)
     metrics.options(asdict(config))
     saver = checkpoint.Saver(engine, config, world, start)
-    return Run(task, world, lock, engine, schedule, metrics, saver, turns, start, last)
-
-
-def resume(
-    config: RunConfig,
-    model: Trained,
-    world: World,
-    scale_of: ScaleOf = all_alike,
-    begin: Callable[[], None] | None = None,
-) -> tuple[int, DeepSpeedEngine]:
-    """The steps done and the engine, in the state of the run folder's newest whole checkpoint if it has one.
-
-    Args:
-        begin: called where there is none, to give the model its first weights.
-    """
-    found = checkpoint.find(config, world)
-    if found is None:
-        if begin:
-            begin()
-        exact = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        engine = build_engine(config, model, world, scale_of)
-        set_masters(engine, exact)
-        return 0, engine
-    saved = read_saved(found.path)
-    on_every_rank(world, lambda: load_weights(model, saved.weights))
-    engine = build_engine(config, model, world, scale_of)
-    restore(engine, saved, found.step)
-    log.info("going on from %s", found.path)
-    return found.step, engine
+    profiler = Profiler(config, world, start, last)
+    return Run(task, world, lock, engine, schedule, metrics, saver, profiler, turns, start, last)
 
 
 def _train(run: Run, stop: StopRequest) -> int:
@@ -208,19 +185,10 @@ def _train(run: Run, stop: StopRequest) -> int:
     while step < run.last:
         lr = run.schedule.lr_at(step)
         set_lr(engine, lr)
-        losses, ids = [], []
-        for _ in range(run.turns):
-            began = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - began
-            loss, output = engine(*batch.inputs)
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.detach())
-            ids.append(batch.ids)
+        done = _update(run, batches)
+        waited += done.waited
         step += 1
-        if task.ema_decay and engine.was_step_applied():
-            average_weights(engine, task.ema_decay)
+        run.metrics.pause(run.profiler.step(step))
         if step == run.start + 1:
             shorten_timeout(train.step_timeout_s)
         stopping = stop.agreed()
@@ -228,27 +196,62 @@ def _train(run: Run, stop: StopRequest) -> int:
         reporting = step % train.log_every == 0 or step == run.last
         judging = _is_judged(run, step)
         saving = ending or judging or step % train.save_every == 0
-        mean = mean_over_ranks(world, torch.stack(losses).mean().item()) if reporting else 0.0
+        mean = mean_over_ranks(world, torch.stack(done.losses).mean().item()) if reporting else 0.0
         if not (engine.was_step_applied() and math.isfinite(mean)):
-            bad_steps.note(step, lr, losses, ids, run.saver.newest)
+            bad_steps.note(step, lr, done.losses, done.ids, run.saver.newest)
         if reporting or saving:
             bad = bad_images.exchange()
         if reporting:
             run.metrics.report(step, _epoch(run, step), mean, lr, engine.get_global_grad_norm(), waited, bad)
             gc.collect()
         if world.first and train.picture_every and (step % train.picture_every == 0 or step == run.last):
-            run.metrics.picture(step, task.draw(batch, output))
+            run.metrics.picture(step, task.draw(done.batch, done.output))
         if saving:
             run.metrics.saved(run.saver.save(step, must=ending))
         if stopping:
             break
         if judging:
             _judge(run, step)
+        del done  # or its images and output would lie beside those of the next step
     stop.settle()
+    run.profiler.close()
     run.metrics.close()
     log.info("%s after step %s; run folder: %s", "done" if step == run.last else "stopped", step, task.config.run_dir)
     judged = not (stopping and judging)  # or the next start does it
     return 0 if step == run.last and judged else EXIT_REQUEUE
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step saw and made of it, on this rank."""
+
+    batch: Batch  # the last one
+    output: Tensor  # of the model, for that
+    losses: list[Tensor]  # of all, on the device
+    ids: list[np.ndarray]  # of all
+    waited: float  # seconds for data
+
+
+def _update(run: Run, batches: Iterator[Batch]) -> Update:
+    """Trains one step; the names are those of a trace (`train.profile`)."""
+    engine, waited = run.engine, 0.0
+    losses, ids = [], []
+    for _ in range(run.turns):
+        began = time.perf_counter()
+        with record_function("data"):
+            batch = next(batches)
+        waited += time.perf_counter() - began
+        with record_function("forward"):
+            loss, output = engine(*batch.inputs)
+        with record_function("backward"):
+            engine.backward(loss)
+        with record_function("update"):
+            engine.step()
+        losses.append(loss.detach())
+        ids.append(batch.ids)
+    if run.task.ema_decay and engine.was_step_applied():
+        average_weights(engine, run.task.ema_decay)
+    return Update(batch, output, losses, ids, waited)
 
 
 def _epoch(run: Run, step: int) -> float:

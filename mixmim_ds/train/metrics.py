@@ -83,10 +83,14 @@ class Metrics:
         """Measures time from here on."""
         self.since, self.began, self.waited = step, time.perf_counter(), waited
 
+    def pause(self, seconds: float) -> None:
+        """Takes time out of what is measured."""
+        self.began += seconds
+
     def saved(self, seconds: float) -> None:
         """Takes the time that saving took out of what is measured, to report it by itself; and TensorBoard gets what a
         resumed run will not tell again."""
-        self.began += seconds
+        self.pause(seconds)
         self.save_time_s += seconds
         if self.world.first:
             self.board.flush()
@@ -152,7 +156,7 @@ class Metrics:
 
         A row of evaluations.jsonl is step, epoch, the scores, and eval_time_s.
         """
-        self.began += seconds
+        self.pause(seconds)
         if not self.world.first:
             return
         row = {"step": step, "epoch": round(epoch, 4)} | scores | {"eval_time_s": round(seconds, 3)}

@@ -1,6 +1,8 @@
 """What only a GPU can show; skipped elsewhere."""
 
+import gzip
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available(),
         reason="no GPU: would train in bf16 and fp16, compiled or not, without a host sync in passes, go on in fp16 "
-        "with its loss scale, and fine-tune with all augmentation, twice alike",
+        "with its loss scale, fine-tune with all augmentation, twice alike, and trace kernels and memory",
     ),
 ]
 
@@ -97,3 +99,15 @@ def test_fine_tuning_with_all_augmentation_gives_the_same_twice(labelled: Path, 
     # atomics sum gradients in any order: an image that came another way would show at once, in the first loss
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3) and losses[0] == pytest.approx(losses[1], rel=0.02)
     assert len(scores[0]) == 3 and scores[0][-1] == pytest.approx(scores[1][-1], abs=0.05) and scores[0][-1] > 2 / 13
+
+
+def test_a_trace_has_kernels_and_a_snapshot_of_memory(tmp_path: Path) -> None:
+    options = ["model=tiny", "data=synthetic", "train.global_batch=32", "train.micro_batch=16", "train.max_steps=4"]
+    run("python", *options, f"run_dir={tmp_path}", "train.profile=[3,4]", processes=1)
+    stem = tmp_path / "profile" / "steps_3-4.rank_0"
+    with gzip.open(f"{stem}.trace.json.gz") as file:
+        kernels = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "kernel"]
+    assert kernels.count("_forward") == 4 * 7, "of attention, for each pass and block"
+    with open(f"{stem}.memory.pickle", "rb") as file:
+        snapshot = pickle.load(file)
+    assert snapshot["segments"] and any(event["action"] == "alloc" for event in snapshot["device_traces"][0])
