@@ -112,7 +112,7 @@ def _cut_by_group(ranks: list[list[Tensor]], groups: Shapes, paddings: list[list
     for number, shapes in enumerate(groups):
         vector = [rank[number] for rank in ranks]
         start = 0
-        # ZeRO-2 starts each tensor at a multiple of 16 bytes.
+        # With `parameter_alignment` each tensor starts at a multiple of 16 bytes.
         for (name, shape), gap in zip(shapes.items(), paddings[number] if paddings else repeat(0), strict=False):
             found[name] = Scattered(_cut(vector, start, shape.numel()), shape)
             start += shape.numel() + gap
