@@ -76,9 +76,10 @@ def _card(encoder: MixMIMTransformer, name: str, dtype: torch.dtype, history: di
         "```python\nimport timm, mixmim_ds\n\n"
         f'model = timm.create_model("local-dir:{name}", pretrained=True)  # num_classes=N for a new classifier\n```\n'
     )
-    tags = ["image-feature-extraction", "timm"]
-    card = {"details": details | history, "usage": usage, "citation": CITATION, "tags": tags}
-    return generate_readme(card, name, task_name="image-feature-extraction")
+    task = "image-classification" if encoder.num_classes else "image-feature-extraction"
+    card = {"details": details | history, "usage": usage, "citation": CITATION, "tags": [task, "timm"]}
+    card["license"] = "unknown"  # is for those to say who trained the weights, and whose images they saw
+    return generate_readme(card, name, task_name=task)
 
 
 def _loss(checkpoint: Checkpoint) -> str:

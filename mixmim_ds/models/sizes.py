@@ -35,7 +35,7 @@ def _cfg(img_size: int = 224) -> dict[str, Any]:
         "num_classes": 1000, "input_size": (3, img_size, img_size), "pool_size": (img_size // CELL,) * 2,
         "crop_pct": crop_of(img_size), "interpolation": "bicubic", "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj", "classifier": "head.fc", "license": "apache-2.0",
+        "first_conv": "patch_embed.proj", "classifier": "head.fc",
     }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def test_a_fine_tuned_file_keeps_its_head(fine_tuned: tuple[MixMIMTransformer, P
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(loaded(IMAGES), encoder(IMAGES))
-    assert "5 classes" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "5 classes" in card and "\npipeline_tag: image-classification\n" in card and "\nlicense: unknown\n" in card
 
 
 def test_mistakes_are_one_sentence(fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path) -> None:

@@ -96,6 +96,22 @@ def test_config_and_card_say_what_it_is(trained: Path, tmp_path: Path) -> None:
     fingerprint = OmegaConf.load(trained / "config.yaml").data.fingerprint
     for words in (f"{loss:.4f} at step 4", fingerprint, f"torch {torch.__version__.split('+')[0]}", "batch 32"):
         assert words in card
+    assert "\npipeline_tag: image-feature-extraction\n" in card and "\nlicense: unknown\n" in card
+
+
+def test_an_export_is_a_repository_of_the_hub(trained: Path, tmp_path: Path) -> None:
+    """The Hub's own client finds it where it would have downloaded it to; nothing is fetched."""
+    repository = tmp_path / "hub" / "models--me--mixmim"
+    exported = converted(trained, repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    code = "import sys, timm, torch, mixmim_ds; model = timm.create_model('hf-hub:me/mixmim', pretrained=True); "
+    code += "torch.save(model.state_dict(), sys.argv[1])"
+    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "loaded.pt"], check=True, env=offline, cwd=ROOT)
+    expected = load_file(exported / "model.safetensors")
+    loaded = torch.load(tmp_path / "loaded.pt")
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 def test_the_card_tells_the_last_loss_there_is(trained: Path, tmp_path: Path) -> None:
