@@ -4,12 +4,12 @@ import sys
 from typing import Any
 
 from mixmim_ds.compose import load_config
-from mixmim_ds.train import loop
+from mixmim_ds.train import checkpoint
 from mixmim_ds.train.command import command
 from mixmim_ds.train.pretrain import pretrain
 
 OVERSCALED = 2.0**30
-build_engine = loop.build_engine
+build_engine = checkpoint.build_engine
 
 
 def build(*arguments: Any) -> Any:
@@ -19,5 +19,5 @@ def build(*arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    loop.build_engine = build  # an engine that goes on gets the saved scale after that
+    checkpoint.build_engine = build  # an engine that goes on gets the saved scale after that
     sys.exit(command(None, load_config, pretrain))

@@ -129,7 +129,9 @@ def _check_finite(engine: DeepSpeedEngine) -> None:
 
 def _clear(folder: Path, path: Path, unfinished: Path) -> None:
     """Makes the place to write to, without what killed saves left behind or an older checkpoint of the same step."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync(folder.parent)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
     if path.exists():

@@ -1,12 +1,13 @@
-"""Checkpoints that cannot be written: the disk is full or the run folder read-only, for a while or for good."""
+"""What is on the disk, and when; and checkpoints that cannot be written, for it is full or read-only."""
 
+import resource
 import subprocess
 from pathlib import Path
 
 import pytest
-from launching import ROOT, command, environment, rows
+from launching import ROOT, command, environment, rows, tasks
 
-from mixmim_ds.checkpoints import newest_complete
+from mixmim_ds.checkpoints import MARKER, append_whole, newest_complete
 
 pytestmark = pytest.mark.slow
 
@@ -81,3 +82,39 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(small_run: list
     newest = newest_complete(kept)
     assert newest is not None and newest.step >= 3
     assert f"the newest is that of step {newest.step}, failed tries: 2." in errors[0]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_said_to_be(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order that survives a power cut: files of both ranks, their folder, marker, name, pointer."""
+    told, folder = tmp_path / "told", tmp_path / "run" / "checkpoints"
+    monkeypatch.setenv("SYNCED", str(told))
+    tasks(*small_run, f"run_dir={tmp_path / 'run'}", "train.max_steps=1", script="tests/synced.py")
+    events = told.read_text().splitlines()
+    newest = newest_complete(tmp_path / "run")
+    assert newest is not None and len(newest.files) == 3, "one of the model, and an optimizer's share of each rank"
+    draft = f"{newest.path}.tmp"
+    assert f"sync {folder.parent}" in events[events.index(f"name {folder.parent / 'environment.json'}") + 2 :]
+    last = max(events.index(f"sync {draft}/{name}") for name in newest.files)
+    steps = (f"sync {draft}", f"sync {draft}/{MARKER}.new", f"name {draft}/{MARKER}", f"name {newest.path}")
+    pointer = (f"sync {folder}/latest.new", f"name {folder}/latest", f"sync {folder}")
+    for step in steps + pointer:
+        assert events.index(step, last + 1), step
+        last = events.index(step, last + 1)
+
+
+def test_what_is_added_to_a_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    """The disk ends within it: a limit of the process's own, which a write stops short at."""
+    path = tmp_path / "rows"
+    append_whole(path, "0123456789")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            append_whole(path, "0123456789")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "0123456789"
+    append_whole(path, "abc")
+    assert path.read_text() == "0123456789abc"
