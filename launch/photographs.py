@@ -36,13 +36,13 @@ import math
 import os
 import random
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
 
 from PIL import Image, ImageStat
+
+from mixmim_ds.checkpoints import whole_folder
 
 # Raise it when the crops of given parameters change, so that an older folder is not taken for the new set.
 RECIPE = 2
@@ -68,22 +68,20 @@ SHARES = dict.fromkeys(COLOUR, 2) | dict.fromkeys(GREY, 1)
 FEWEST = sum(SHARES.values())
 
 
-def refuse(sentence: str) -> NoReturn:
-    """End the run on a user's mistake, told in one sentence that names the remedy."""
-    print(f"photographs.py: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def wheel_folder() -> Path:
-    """Return the folder of photographs in the installed scikit-image."""
+    """The folder of photographs in the installed scikit-image.
+
+    Raises:
+        ValueError: it is not there.
+    """
     # Not skimage.data.data_dir: where pooch is installed that is a download cache, empty without a network.
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
-        refuse("scikit-image, whose wheel ships the photographs, is missing: pip install scikit-image")
+        raise ValueError("scikit-image, whose wheel ships the photographs, is missing: pip install scikit-image.")
     folder = Path(spec.origin).parent / "data"
     missing = [name for name in SHARES if not (folder / name).is_file()]
     if missing:
-        refuse(f"{folder} lacks {', '.join(missing)}: install scikit-image 0.26 from its wheel")
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: install scikit-image 0.26 from its wheel.")
     return folder
 
 
@@ -146,8 +144,7 @@ def cut_class(source: Path, numbers: range, out: Path, size: tuple[int, int], vi
 
 
 def write_set(out: Path, wheel: Path, count: int, size: tuple[int, int], views: int, parameters: str) -> int:
-    """Write the whole set into a new folder, the marker last, and return the images' bytes."""
-    out.mkdir()
+    """Write the whole set into an empty folder, the marker last, and return the images' bytes."""
     ends = [end * count // FEWEST for end in itertools.accumulate(SHARES.values(), initial=0)]
     spans = [range(start, end) for start, end in itertools.pairwise(ends)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -167,24 +164,25 @@ def holds_set(out: Path, parameters: str) -> bool:
 
 
 def make(out: Path, count: int, size: tuple[int, int], views: int) -> str:
-    """Bring the set into being where it is not there yet, and return what was done as a sentence."""
+    """Bring the set into being where it is not there yet, and return what was done as a sentence.
+
+    Raises:
+        ValueError: `out` is something else, or there are no photographs.
+    """
     parameters = f"count {count}, size {size[0]} to {size[1]}, views {views}, recipe {RECIPE}"
     if holds_set(out, parameters):
         return f"{out} already holds this set ({parameters}); nothing to do."
     if out.exists():
-        refuse(f"{out} exists and is not the set asked for: remove it or name another OUT_DIR.")
+        raise ValueError(f"OUT_DIR: {out} exists and is not the set asked for; remove it or name another.")
     wheel, start = wheel_folder(), time.monotonic()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        # One folder deeper: the temporary one is closed to other users, which the set must not be.
-        written = write_set(Path(scratch, out.name), wheel, count, size, views, parameters)
-        Path(scratch, out.name).rename(out)
+    with whole_folder(out) as draft:
+        written = write_set(draft, wheel, count, size, views, parameters)
     seconds = time.monotonic() - start
     return f"{out}: {count} images of {len(SHARES)} photographs, {written / 1e6:.1f} MB, {seconds:.1f} s."
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line and make the set; a user's mistake ends in one line and exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make; it must not exist yet")
     parser.add_argument("--count", type=int, default=2000, help="images in all (default: %(default)s)")
@@ -193,18 +191,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--views", type=int, default=0, help="windows a photograph (default: each crop its own)")
     options = parser.parse_args(arguments)
     low, high = options.size
-    if options.count < FEWEST:
-        refuse(f"--count must be at least {FEWEST}, so that each photograph has a crop.")
-    if not 16 <= low <= high <= LARGEST_SIDE:
-        refuse(f"--size must be two numbers MIN <= MAX from 16 to {LARGEST_SIDE}.")
-    if options.views < 0:
-        refuse("--views must be 0 (each crop its own window) or a number of windows.")
-    out = options.out.resolve()
     try:
-        print(make(out, options.count, (low, high), options.views))
-    except OSError as error:
-        refuse(f"{out} cannot be written ({error}): name an OUT_DIR that can be, with room for it.")
+        if options.count < FEWEST:
+            raise ValueError(f"--count {options.count} must be at least {FEWEST}, so that each photograph has a crop.")
+        if not 16 <= low <= high <= LARGEST_SIDE:
+            raise ValueError(f"--size {low} {high} must be two numbers MIN <= MAX from 16 to {LARGEST_SIDE}.")
+        if options.views < 0:
+            raise ValueError(f"--views {options.views} must be 0 (each crop its own window) or a number of windows.")
+        print(make(options.out.resolve(), options.count, (low, high), options.views))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

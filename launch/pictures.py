@@ -23,6 +23,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mixmim_ds.checkpoints import whole_folder
+
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
@@ -98,16 +100,12 @@ def make(out: Path, counts: dict[str, int], source: Path | None) -> str:
         return f"{out} already holds this set ({parameters}); nothing to do."
     if out.exists():
         raise ValueError(f"OUT_DIR: {out} exists and is not the set asked for; remove it or name another.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        files = source or (INSTALLED if INSTALLED.is_dir() else fetch(Path(scratch)))
-        # One folder deeper: the temporary one is closed to other users, which the set must not be.
-        made = Path(scratch, out.name)
+    with tempfile.TemporaryDirectory() as fetched, whole_folder(out) as made:
+        files = source or (INSTALLED if INSTALLED.is_dir() else fetch(Path(fetched)))
         for part, count in counts.items():
             write(made / part, *read(files, part), count)
         text = f"# Written by launch/pictures.py\n\n{parameters}\n\n{(__doc__ or '').split('Source: ')[1]}"
         (made / MARKER).write_text(text)
-        made.rename(out)
     return f"{out}: pictures of {len(CLASSES)} classes, {parameters}."
 
 

@@ -1,4 +1,4 @@
-"""What a run folder holds for good: files written as a whole, and checkpoints.
+"""What is held for good: files and folders written as a whole, and checkpoints.
 
 A checkpoint exists when a folder bears its name and holds COMPLETE.json, which is written last.
 """
@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +32,18 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where it became the file, or was never begun
             draft.unlink()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which then gets the name; if the filling fails nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        # One folder deeper: the temporary one is closed to other users, which the new one must not be.
+        draft = Path(scratch, path.name)
+        draft.mkdir()
+        yield draft
+        draft.rename(path)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -9,13 +9,13 @@ import io
 import json
 import os
 import tarfile
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from mixmim_ds.checkpoints import whole_folder
 from mixmim_ds.data.index import Index
 from mixmim_ds.data.scan import threads
 
@@ -41,14 +41,9 @@ def pack(index: Index, out: Path, per_shard: int, progress: bool = False) -> lis
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"OUT={out} is there already and not an empty folder: name another, or remove it.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            # One folder deeper: the temporary one is closed to other users, which the shards must not be.
-            draft = Path(scratch, out.name)
-            draft.mkdir()
+        with whole_folder(out) as draft:
             names = _write_shards(index, draft, per_shard, progress)
             (draft / CLASSES).write_text(json.dumps(index.classes, indent=1))
-            draft.rename(out)
     except OSError as error:
         raise ValueError(
             f"OUT={out} cannot be written ({error.strerror}): name a place that can, with room."
