@@ -241,7 +241,7 @@ def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options by dotted name: {"train": {"seed": 0}} -> {"train.seed": 0}."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if value and isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

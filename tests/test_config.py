@@ -92,6 +92,7 @@ def test_the_last_recipe_holds_with_a_plus_or_without() -> None:
         ("data=synthetic", "data.root has no effect with data=synthetic"),
         ("+optim.lr=1", "optim.lr is no option; did you mean optim."),
         ("+lr=3", "lr is no option."),
+        ("+lr={}", "lr is no option."),
         ("++train.lr=3", "train.lr is no option"),
         ("run_dir=", "run_dir is not set; add run_dir=DIR, the folder that the run is kept in."),
         ("train.epochs", "train.epochs is not of the form key=value"),
