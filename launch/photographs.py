@@ -43,6 +43,7 @@ from pathlib import Path
 from PIL import Image, ImageStat
 
 from mixmim_ds.checkpoints import whole_folder
+from mixmim_ds.commands import exit_code
 
 # Raise it when the crops of given parameters change, so that an older folder is not taken for the new set.
 RECIPE = 2
@@ -181,29 +182,29 @@ def make(out: Path, count: int, size: tuple[int, int], views: int) -> str:
     return f"{out}: {count} images of {len(SHARES)} photographs, {written / 1e6:.1f} MB, {seconds:.1f} s."
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Read the command line and make the set; a user's mistake ends in one line and exit code 2."""
+def main() -> int:
+    """Read the command line and make the set. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make; it must not exist yet")
     parser.add_argument("--count", type=int, default=2000, help="images in all (default: %(default)s)")
     bounds = "bounds of the crops' shorter side in pixels (default: 96 256)"
     parser.add_argument("--size", type=int, nargs=2, default=[96, 256], metavar=("MIN", "MAX"), help=bounds)
     parser.add_argument("--views", type=int, default=0, help="windows a photograph (default: each crop its own)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     low, high = options.size
+    if options.count < FEWEST:
+        raise ValueError(f"--count {options.count} must be at least {FEWEST}, so that each photograph has a crop.")
+    if not 16 <= low <= high <= LARGEST_SIDE:
+        raise ValueError(f"--size {low} {high} must be two numbers MIN <= MAX from 16 to {LARGEST_SIDE}.")
+    if options.views < 0:
+        raise ValueError(f"--views {options.views} must be 0 (each crop its own window) or a number of windows.")
+    out = options.out.resolve()
     try:
-        if options.count < FEWEST:
-            raise ValueError(f"--count {options.count} must be at least {FEWEST}, so that each photograph has a crop.")
-        if not 16 <= low <= high <= LARGEST_SIDE:
-            raise ValueError(f"--size {low} {high} must be two numbers MIN <= MAX from 16 to {LARGEST_SIDE}.")
-        if options.views < 0:
-            raise ValueError(f"--views {options.views} must be 0 (each crop its own window) or a number of windows.")
-        print(make(options.out.resolve(), options.count, (low, high), options.views))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(make(out, options.count, (low, high), options.views))
+    except OSError as error:
+        raise ValueError(f"OUT_DIR: {out} cannot be written ({error}); name one that can be, with room.") from error
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mixmim_ds.checkpoints import whole_folder
+from mixmim_ds.commands import exit_code
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -110,7 +111,7 @@ def make(out: Path, counts: dict[str, int], source: Path | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Reads the command line and makes the set; a user's mistake ends in one line and exit code 2."""
+    """Reads the command line and makes the set. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make; it must not exist yet")
     parser.add_argument("--train", type=int, default=20_000, help="pictures to learn from (default: %(default)s)")
@@ -118,17 +119,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, metavar="DIR", help="holds the four files (default: the distribution's)")
     options = parser.parse_args(arguments)
     counts = {"train": options.train, "val": options.val}
+    for part, count in counts.items():
+        # Each of the ten classes has a tenth of the pictures, in the data set too.
+        if not 0 < count <= PARTS[part][1] or count % len(CLASSES):
+            raise ValueError(f"--{part} {count} must be a multiple of {len(CLASSES)} up to {PARTS[part][1]:,}.")
+    out = options.out.resolve()
     try:
-        for part, count in counts.items():
-            # Each of the ten classes has a tenth of the pictures, in the data set too.
-            if not 0 < count <= PARTS[part][1] or count % len(CLASSES):
-                raise ValueError(f"--{part} {count} must be a multiple of {len(CLASSES)} up to {PARTS[part][1]:,}.")
-        print(make(options.out.resolve(), counts, options.source))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(make(out, counts, options.source))
+    except OSError as error:
+        raise ValueError(f"OUT_DIR: {out} cannot be written ({error}); name one that can be, with room.") from error
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -1,10 +1,11 @@
 """The demo's photographs: the same bytes every time, whole or not there, and mistakes in one sentence."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
 from launching import typed
+
+from mixmim_ds.checkpoints import sha256
 
 SCRIPT = "launch/photographs.py"
 
@@ -12,7 +13,7 @@ SCRIPT = "launch/photographs.py"
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file, by its path in the folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def test_the_same_call_writes_the_same_bytes_and_leaves_a_set_that_is_there(tmp_path: Path) -> None:
@@ -34,7 +35,10 @@ def test_the_same_call_writes_the_same_bytes_and_leaves_a_set_that_is_there(tmp_
         (["OUT", "--count", "20"], "--count 20 must be at least 21"),
         (["OUT", "--size", "64", "32"], "--size 64 32 must be two numbers MIN <= MAX from 16 to 400"),
         (["OUT", "--views", "-1"], "--views -1 must be 0"),
-        (["/proc/none/out", "--count", "30"], "No such file or directory"),
+        (
+            ["/proc/none/out", "--count", "30"],
+            "OUT_DIR: /proc/none/out cannot be written ([Errno 2] No such file or directory",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from launching import ROOT, typed
 from PIL import Image
 
+from mixmim_ds.commands import exit_code
 from mixmim_ds.data.index import open_index
 
 
@@ -34,10 +35,15 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, 
     return command, held
 
 
+def code_of(command: ModuleType, words: list[str]) -> int:
+    """The exit code of a command line."""
+    return exit_code(lambda: command.main(words))
+
+
 def test_the_first_of_each_class_become_files_that_say_their_class(small: tuple, tmp_path: Path) -> None:
     command, held = small
     words = [str(tmp_path / "out"), "--train", "40", "--val", "30", "--source", str(tmp_path)]
-    assert command.main(words) == 0
+    assert code_of(command, words) == 0
     for part, count in (("train", 40), ("val", 30)):
         images, labels = held[part]
         index = open_index(tmp_path / "out" / part, tmp_path / "index")
@@ -52,10 +58,10 @@ def test_the_first_of_each_class_become_files_that_say_their_class(small: tuple,
 def test_a_set_that_is_there_is_left_as_it_is(small: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command, _ = small
     words = [str(tmp_path / "out"), "--val", "10", "--source", str(tmp_path)]
-    assert command.main([*words, "--train", "20"]) == 0
+    assert code_of(command, [*words, "--train", "20"]) == 0
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
-    assert command.main([*words, "--train", "20"]) == 0 and "nothing to do" in capsys.readouterr().out
-    assert command.main([*words, "--train", "30"]) == 2 and "is not the set asked for" in capsys.readouterr().err
+    assert code_of(command, [*words, "--train", "20"]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert code_of(command, [*words, "--train", "30"]) == 2 and "is not the set asked for" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
 
 
@@ -65,9 +71,9 @@ def test_files_that_are_not_the_data_set_are_refused(
     command, _ = small
     words = [str(tmp_path / "out"), "--train", "20", "--val", "10", "--source", str(tmp_path)]
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(38)))
-    assert command.main(words) == 2 and "its sha256 differs" in capsys.readouterr().err
+    assert code_of(command, words) == 2 and "its sha256 differs" in capsys.readouterr().err
     (tmp_path / "train-images-idx3-ubyte.gz").unlink()
-    assert command.main(words) == 2 and "train-images-idx3-ubyte.gz is missing" in capsys.readouterr().err
+    assert code_of(command, words) == 2 and "train-images-idx3-ubyte.gz is missing" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -76,7 +82,7 @@ def test_counts_that_cannot_be_had_are_refused(
     words: str, small: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, _ = small
-    assert command.main([str(tmp_path / "out"), *words.split()]) == 2
+    assert code_of(command, [str(tmp_path / "out"), *words.split()]) == 2
     option, _ = words.split()
     assert capsys.readouterr().err.startswith(f"error: {option} ") and not (tmp_path / "out").exists()
 
