@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
+
+from mixmim_ds.train.profiling import activities
 
 TOP = 12  # operators in a table
 
 
 def profiled(step: Callable[[], object], device: torch.device) -> list[Any]:
     """The profiler's averages by operator over one call; `step` is warm."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as record:
+    with profile(activities=activities()) as record:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()

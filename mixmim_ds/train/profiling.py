@@ -16,6 +16,11 @@ ALLOCATIONS = 1_000_000  # that a memory snapshot goes back at most
 log = logging.getLogger("mixmim_ds")
 
 
+def activities() -> list[ProfilerActivity]:
+    """What PyTorch's profiler is to see: the host's operators, and where there is a GPU its kernels."""
+    return [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu() else [])
+
+
 class Profiler:
     """Traces the steps `train.profile` into run_dir/profile, some files a rank.
 
@@ -53,9 +58,8 @@ class Profiler:
 
     def _begin(self, warmup: int) -> None:
         """The step before is traced too and thrown away, for the first one pays for the profiler's own start."""
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu() else [])
         steps = schedule(wait=0, warmup=warmup, active=self.until - self.first + 1, repeat=1)
-        self.running = profile(activities=activities, schedule=steps, on_trace_ready=self._write, record_shapes=True)
+        self.running = profile(activities=activities(), schedule=steps, on_trace_ready=self._write, record_shapes=True)
         self.running.start()
         if on_gpu():
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS, stacks="python")
