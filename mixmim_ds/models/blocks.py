@@ -6,7 +6,6 @@ Shapes: B images, h x w grid of tokens of a stage, C channels of a stage.
 from collections.abc import Sequence
 from typing import cast
 
-import timm.layers
 import timm.models.swin_transformer
 import torch
 from timm.layers import Mlp
@@ -18,16 +17,13 @@ from mixmim_ds.models.groups import Groups, group_tokens
 from mixmim_ds.models.recompute import recompute
 
 
-class DropPath(timm.layers.DropPath):
-    """timm's, written so that torch.compile makes one graph for blocks of all rates: `bernoulli_` fixes the rate."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [B, ...]: an image is 0 with probability drop_prob, or else divided by 1 - drop_prob."""
-        if not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) < keep
-        return x * kept / keep if self.scale_by_keep and keep > 0 else x * kept
+def drop_path(x: Tensor, rate: Tensor | None) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382) of a residual [B, ...]: an image is 0 with the chance `rate`, a scalar tensor
+    below 1, or else divided by 1 - rate. None = all stay."""
+    if rate is None:
+        return x
+    kept = torch.rand([x.shape[0]] + [1] * (x.ndim - 1), device=x.device) >= rate
+    return x * kept / (1 - rate)
 
 
 class PatchMerging(timm.models.swin_transformer.PatchMerging):
@@ -55,23 +51,34 @@ class Block(nn.Module):
         super().__init__()
         self.grad_checkpointing = False
         self.selective = False
+        self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads, window, attn_drop, proj_drop)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def residuals(self, x: Tensor, groups: Groups | None = None) -> Tensor:
-        """What the block computes, without checkpointing; groups: as of `WindowAttention`."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), groups))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+    def skipped(self, x: Tensor) -> Tensor | None:
+        """The chance that an image of x skips a residual, as `forward` takes it: a tensor, for torch.compile would make
+        a graph of its own for every number. None = none does."""
+        if not self.training or self.drop_path == 0.0:
+            return None
+        return torch.full([], self.drop_path, dtype=torch.float32, device=x.device)
 
-    def forward(self, x: Tensor, groups: Groups | None = None) -> Tensor:
-        """x [B, h, w, C] -> [B, h, w, C]; groups: who may attend to whom in a window, None = all to all."""
+    def residuals(self, x: Tensor, groups: Groups | None = None, skipped: Tensor | None = None) -> Tensor:
+        """What the block computes, without checkpointing; arguments as of `forward`."""
+        x = x + drop_path(self.attn(self.norm1(x), groups), skipped)
+        return x + drop_path(self.mlp(self.norm2(x)), skipped)
+
+    def forward(self, x: Tensor, groups: Groups | None = None, skipped: Tensor | None = None) -> Tensor:
+        """x [B, h, w, C] -> [B, h, w, C].
+
+        Args:
+            groups: who may attend to whom in a window, None = all to all.
+            skipped: the rate of `drop_path`.
+        """
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return recompute(self.residuals, self.selective, x, groups)
-        return self.residuals(x, groups)
+            return recompute(self.residuals, self.selective, x, groups, skipped)
+        return self.residuals(x, groups, skipped)
 
 
 class Stage(nn.Module):
@@ -108,7 +115,7 @@ class Stage(nn.Module):
             None if mask is None else group_tokens(mask, self.grid, self.window, self.training and self.attn_drop > 0)
         )
         for block in self.blocks:
-            x = block(x, groups)
+            x = block(x, groups, block.skipped(x))
         return x
 
     def set_grid(self, grid: Shape, window: Shape) -> None:

@@ -43,10 +43,10 @@ class MixMIMTransformer(nn.Module):
         embed_dim: E; stage s has E * 2^s channels.
         window_size: side of the windows of every stage (or of all), in tokens; None = adapts to any image size.
         depths, num_heads: of every stage.
-        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm's Swin.
+        drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm's Swin; the last one is below 1.
 
     Raises:
-        ValueError: the image size does not fit cells and windows.
+        ValueError: the image size does not fit cells and windows, or drop_path_rate is none.
     """
 
     absolute_pos_embed: Tensor
@@ -69,6 +69,8 @@ class MixMIMTransformer(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate} must lie in 0 .. 1, 1 excluded.")
         self.in_chans, self.num_classes = in_chans, num_classes
         self.global_pool = global_pool
         self.output_fmt = "NHWC"

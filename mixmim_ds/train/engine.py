@@ -142,7 +142,7 @@ def build_engine(config: RunConfig, model: Trained, world: World, scale_of: Scal
     model.set_grad_checkpointing(mode != "none", mode == "selective")
     if config.compile:
         for block in model.blocks():
-            block.compile()
+            block.compile(dynamic=False)  # a graph for each stage, in which every size is a number
     elif world.device.type == "cpu" and config.precision == "fp32" and torch.backends.mkldnn.is_available():
         use_onednn(model)
     optimizer = adamw(model, config.optim, scale_of)
