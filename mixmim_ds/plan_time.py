@@ -91,11 +91,9 @@ def traffic(total: int, config: PretrainConfig, gpus: int, accumulation: int) ->
 
 
 def checkpoint_bytes(total: int, buffers: int, config: PretrainConfig, gpus: int) -> int:
-    """A checkpoint's files: masters and two moments in fp32; under ZeRO-1 and 2 once the weights in the working
-    precision and the buffers (bytes), under ZeRO-3 the buffers of every process."""
-    if mechanics(config).stage == 3:
-        return 12 * total + gpus * buffers
-    return 12 * total + DTYPES[config.precision].itemsize * total + buffers
+    """A checkpoint's files: masters and two moments in fp32, and the buffers (bytes), under ZeRO-3 those of every
+    process."""
+    return 12 * total + (gpus if mechanics(config).stage == 3 else 1) * buffers
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mixmim_ds.checkpoints import BEST, MARKER, Checkpoint, read_checkpoint, sha256, steps_of, sync, write_whole
 from mixmim_ds.config import RunConfig
-from mixmim_ds.train.distributed import RunFailed, World, gather, on_every_rank, on_first_rank
+from mixmim_ds.train.distributed import RunFailed, World, gather, made_once, on_every_rank, on_first_rank
 from mixmim_ds.train.engine import Trained, build_engine
 from mixmim_ds.train.optim import ScaleOf, all_alike
 from mixmim_ds.train.restore import load_weights, master_vectors, restore, set_masters
@@ -113,6 +113,11 @@ class _Writer(TorchCheckpointEngine):
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """See DeepSpeed's."""
+        if "module" in state_dict:
+            # Under ZeRO-1 and 2 these are also the weights in the working precision, which nobody reads: the masters
+            # are in the files of all ranks, and all ranks would wait for this one.
+            buffers = {name: state_dict["module"][name] for name in state_dict["buffer_names"]}
+            state_dict = state_dict | {"module": buffers}
         try:
             with open(path, "wb") as file:  # given a path, PyTorch's writer does not tell that the disk is full
                 torch.save(state_dict, file)
@@ -213,7 +218,7 @@ def resume(
         engine = build_engine(config, model, world, scale_of)
         set_masters(engine, exact)
         return 0, engine
-    saved = read_saved(found.path)
+    saved = made_once(world, lambda: read_saved(found.path))
     on_every_rank(world, lambda: load_weights(model, saved.weights))
     engine = build_engine(config, model, world, scale_of)
     restore(engine, saved, found.step)
