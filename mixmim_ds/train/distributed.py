@@ -35,6 +35,10 @@ class RankFailed(RunFailed):
     """A failure that this rank alone may know of, and so must tell by itself."""
 
 
+class PeerLost(RankFailed):
+    """This rank waited in vain for another one, whose failure is the reason."""
+
+
 class RankMistaken(ValueError):
     """A user's mistake that the first rank cannot see; the rank that raises it prints it."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixmim_ds.checkpoints import write_whole
 from mixmim_ds.config import RunConfig
-from mixmim_ds.train.distributed import RunFailed, World, gather
+from mixmim_ds.train.distributed import RunFailed, World, gather, on_first_rank
 
 log = logging.getLogger("mixmim_ds")
 
@@ -23,12 +23,15 @@ class BadSteps:
     fp16 a step with finite losses is none of them: its loss scale was too high and has been lowered.
 
     Args:
+        start: steps that earlier starts of the run have done; what they reported counts.
         name: of an image by its row in the index.
     """
 
-    def __init__(self, config: RunConfig, world: World, name: Callable[[int], str]) -> None:
+    def __init__(self, config: RunConfig, world: World, start: int, name: Callable[[int], str]) -> None:
         self.config, self.world, self.name = config, world, name
-        self.count = 0
+        self.folder = Path(config.run_dir) / "failures"
+        reported = on_first_rank(world, lambda: [path.stem for path in self.folder.glob("step_????????.json")])
+        self.count = sum(int(stem.removeprefix("step_")) <= start for stem in reported)
 
     def note(self, step: int, lr: float, losses: list[Tensor], ids: list[np.ndarray], newest: int) -> None:
         """Reports a step.
@@ -51,7 +54,7 @@ class BadSteps:
         if self.config.precision == "fp16" and not bad:
             return
         self.count += 1
-        path = Path(self.config.run_dir) / "failures" / f"step_{step:08d}.json"
+        path = self.folder / f"step_{step:08d}.json"
         where = f"the loss of rank {', '.join(map(str, bad))}" if bad else "the gradient"
         said = f"{where} is not finite at step {step}, which was left out; see {path}"
         if self.world.first:

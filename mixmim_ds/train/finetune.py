@@ -25,6 +25,7 @@ from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, MixMIMTransformer
 from mixmim_ds.train.distributed import (
     RankFailed,
+    RunFailed,
     World,
     connected,
     made_once,
@@ -37,7 +38,8 @@ from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.optim import layer_scale
 from mixmim_ds.train.restore import load_weights
-from mixmim_ds.train.run_folder import facts_of
+from mixmim_ds.train.run_folder import check_same_images, facts_of
+from mixmim_ds.train.run_log import log_failure
 from mixmim_ds.zero_files import read_saved
 
 EXPORT = "timm"  # folder in the run folder
@@ -88,8 +90,11 @@ def evaluate(config: FinetuneConfig) -> int:
 
 
 def find_labelled(config: FinetuneConfig, world: World) -> tuple[Labelled, Labelled]:
-    """The images to learn from and to judge by; the first rank makes the indices if need be."""
-    return made_once(world, lambda: open_labelled(config.data))
+    """The images to learn from and to judge by; the first rank makes the indices if need be. ValueError if other ranks
+    find other images."""
+    train, val = made_once(world, lambda: open_labelled(config.data))
+    check_same_images(world, facts_of(train) | {"judged by": facts_of(val)}, f"data.root={config.data.root}")
+    return train, val
 
 
 def _open_pool(config: FinetuneConfig) -> RandAugmentPool | None:
@@ -160,7 +165,7 @@ def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[
     normalise = Normalise(config.data.mean, config.data.std, world.device)
 
     def judge(path: Path) -> dict[str, float]:
-        load_weights(model, read_saved(path).averaged)
+        load_weights(model, made_once(world, lambda: read_saved(path)).averaged)
         return _score(config, world, val, model.encoder, normalise)
 
     return judge
@@ -187,7 +192,17 @@ def _score(
 
 
 def _export(run_dir: Path) -> None:
-    """The best checkpoint as a timm model with its classifier; it replaces that of a shorter run."""
+    """The best checkpoint as a timm model with its classifier; it replaces that of a shorter run. RunFailed if that
+    cannot be done."""
     out = run_dir / EXPORT
-    shutil.rmtree(out, ignore_errors=True)
-    log.info("exported %s to %s", export_run(run_dir, out, Form()).path.name, out)
+    fresh = out.with_name(f"{EXPORT}.new")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        exported = export_run(run_dir, fresh, Form())
+        shutil.rmtree(out, ignore_errors=True)
+        fresh.rename(out)
+    except (OSError, ValueError) as error:
+        failure = RunFailed(f"the run is done but not exported to {out} ({error}); the same command tries it again.")
+        log_failure(failure, 0)
+        raise failure from error
+    log.info("exported %s to %s", exported.path.name, out)

@@ -25,6 +25,7 @@ from mixmim_ds.train.bad_images import BadImages
 from mixmim_ds.train.distributed import (
     EXIT_REQUEUE,
     AgreedMistake,
+    PeerLost,
     RankFailed,
     StopRequest,
     World,
@@ -41,7 +42,8 @@ from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import ScaleOf, Schedule, all_alike
 from mixmim_ds.train.profiling import Profiler
 from mixmim_ds.train.restore import average_weights, load_weights
-from mixmim_ds.train.run_folder import earlier_weights, log_failure, open_run_folder
+from mixmim_ds.train.run_folder import earlier_weights, open_run_folder
+from mixmim_ds.train.run_log import log_failure
 from mixmim_ds.zero_files import read_saved
 
 log = logging.getLogger("mixmim_ds")
@@ -107,11 +109,12 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
             try:
                 return _whole_run(prepare, world, stop)
             except Exception as error:
-                log_failure(error)
+                log_failure(error, world.rank)
                 raise
             finally:
                 stop.close()
     finally:
+        gc.enable()
         gc.unfreeze()  # or nanobind, in Triton, tells of leaks when the interpreter ends
 
 
@@ -135,7 +138,7 @@ def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest
         if not is_peer_lost(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise RankFailed(
+        raise PeerLost(
             f"rank {world.rank} waited in vain for another one, which has died or hangs ({reason})."
         ) from error
 
@@ -177,7 +180,7 @@ def _begin(task: Task, world: World) -> Run:
 def _train(run: Run, stop: StopRequest) -> int:
     task, train, engine, world = run.task, run.task.config.train, run.engine, run.world
     bad_images = BadImages(task.config, world, task.index, task.loader.bad)
-    bad_steps = BadSteps(task.config, world, str if task.index is None else task.index.name)
+    bad_steps = BadSteps(task.config, world, run.start, str if task.index is None else task.index.name)
     batches = task.loader.batches(run.start)
     # Collected at the same steps everywhere, so that no rank waits for another one's collection.
     gc.disable()
@@ -236,7 +239,7 @@ def _update(run: Run, batches: Iterator[Batch]) -> Update:
     """Trains one step; the names are those of a trace (`train.profile`)."""
     engine, waited = run.engine, 0.0
     losses, ids = [], []
-    for _ in range(run.turns):
+    for turn in range(run.turns):
         began = time.perf_counter()
         with record_function("data"):
             batch = next(batches)
@@ -249,6 +252,8 @@ def _update(run: Run, batches: Iterator[Batch]) -> Update:
             engine.step()
         losses.append(loss.detach())
         ids.append(batch.ids)
+        if turn + 1 < run.turns:
+            del batch, output  # or they would lie beside those of the next forward pass
     if run.task.ema_decay and engine.was_step_applied():
         average_weights(engine, run.task.ema_decay)
     return Update(batch, output, losses, ids, waited)
@@ -281,6 +286,6 @@ def _judge(run: Run, step: int) -> None:
 
 def _catch_up(run: Run) -> None:
     """Judges the checkpoint that is gone on from, if the run was stopped between saving and judging it."""
-    judged = on_first_rank(run.world, lambda: [row["step"] for row in run.metrics.evaluated])
+    judged = [row["step"] for row in run.metrics.evaluated]
     if run.start and _is_judged(run, run.start) and run.start not in judged:
         _judge(run, run.start)

@@ -12,9 +12,9 @@ import torch
 
 from mixmim_ds.device import on_gpu
 from mixmim_ds.evaluate.pictures import Picture
-from mixmim_ds.json_lines import JsonLines
+from mixmim_ds.json_lines import JsonLines, Row
 from mixmim_ds.train.board import Board
-from mixmim_ds.train.distributed import World
+from mixmim_ds.train.distributed import World, on_first_rank
 
 log = logging.getLogger("mixmim_ds")
 
@@ -68,11 +68,15 @@ class Metrics:
         self.flops_per_image, self.peak = flops_per_image, peak_flops(precision)
         self.rows, self.evaluations = JsonLines(run_dir / "metrics.jsonl"), JsonLines(run_dir / "evaluations.jsonl")
         self.save_time_s = 0.0
+        self.evaluated = on_first_rank(world, lambda: self._earlier(start))
         if world.first:
-            self.rows.load(lambda row: row["step"] <= start)
-            self.evaluated = self.evaluations.load(lambda row: row["step"] <= start)
             self.board = Board(run_dir / "tensorboard", start)
         self._restart(start, 0.0)
+
+    def _earlier(self, start: int) -> list[Row]:
+        """The evaluations of earlier starts; what these reported of steps that come again is dropped."""
+        self.rows.load(lambda row: row["step"] <= start)
+        return self.evaluations.load(lambda row: row["step"] <= start)
 
     def options(self, options: dict[str, Any]) -> None:
         """Tells TensorBoard what the run is, nested options by name."""

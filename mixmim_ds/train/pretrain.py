@@ -22,7 +22,7 @@ from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_ev
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.restore import load_weights
-from mixmim_ds.train.run_folder import facts_of
+from mixmim_ds.train.run_folder import check_same_images, facts_of
 from mixmim_ds.zero_files import read_saved
 
 
@@ -60,6 +60,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
     """
     data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir)
     learn, judge_by = made_once(world, lambda: open_labelled(data, "probe.data"))
+    check_same_images(world, facts_of(learn) | {"judged by": facts_of(judge_by)}, f"probe.data={config.probe.data}")
     encoder = build_model(config.model).encoder
     encoder.pretrained_cfg |= {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
     batch, threads = config.train.micro_batch, config.data.threads or share_of_cores()
@@ -69,7 +70,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
 
     def scores(path: Path) -> dict[str, float]:
         """Of a checkpoint, on the first rank; nothing elsewhere."""
-        weights = read_saved(path).weights.items()
+        weights = made_once(world, lambda: read_saved(path)).weights.items()
         load_weights(encoder, {name.removeprefix(ENCODER): t for name, t in weights if name.startswith(ENCODER)})
         known: list[Vectors] = []
 
@@ -89,5 +90,8 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
 
 
 def find_images(data: DataConfig, world: World) -> Images | None:
-    """The index of the images, made by the first rank if need be and memory-mapped by the others after it."""
-    return made_once(world, lambda: open_images(data, progress=world.first))
+    """The index of the images, made by the first rank if need be and memory-mapped by the others after it. ValueError
+    if they find other images than the first one."""
+    index = made_once(world, lambda: open_images(data, progress=world.first))
+    check_same_images(world, facts_of(index), f"data.root={data.root}")
+    return index

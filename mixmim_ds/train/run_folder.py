@@ -23,12 +23,15 @@ from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.shards import Images
 from mixmim_ds.device import on_gpu
 from mixmim_ds.json_lines import read_rows
-from mixmim_ds.train.distributed import RunFailed, World, gather, on_first_rank
+from mixmim_ds.train.distributed import AgreedMistake, World, gather, on_first_rank
 from mixmim_ds.train.engine import engine_config
+from mixmim_ds.train.run_log import open_log
+from mixmim_ds.train.slurm import node
 from mixmim_ds.version import __version__
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "hydra-core", "numpy", "tensorboard")
 CONFIG = "config.yaml"
+MISTAKES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}  # a disk does not mend them
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # as of Lustre mounted without flock
 log = logging.getLogger("mixmim_ds")
 
@@ -39,6 +42,25 @@ def facts_of(data: Images | Labelled | None) -> dict[str, Any]:
     if isinstance(data, Labelled):
         return {"fingerprint": data.images.fingerprint, "labels": data.digest, "classes": data.classes}
     return {"fingerprint": "synthetic" if data is None else data.fingerprint}
+
+
+def check_same_images(world: World, facts: dict[str, Any], option: str) -> None:
+    """Refuses to train where nodes have other images under the same name: an unfinished copy, or an old one.
+
+    Args:
+        facts: of this rank's data, as by `facts_of`.
+        option: the option that names them, with its value.
+
+    Raises:
+        ValueError: a rank has found others than the first one.
+    """
+    found = gather(world, (node(), facts))
+    for rank, (name, there) in enumerate(found):
+        if there != found[0][1]:
+            raise AgreedMistake(
+                f"{option} holds other images for rank {rank} on {name} than for rank 0 on {found[0][0]}; make the "
+                "copies of all nodes alike."
+            )
 
 
 def check_run_folder(config: RunConfig, facts: dict[str, Any]) -> None:
@@ -147,13 +169,14 @@ def open_run_folder(config: RunConfig, world: World, facts: dict[str, Any]) -> I
         On the first rank the lock that keeps other runs out, for as long as it stays open.
 
     Raises:
-        ValueError: see `check_run_folder`; or the folder is in use, or cannot be written.
+        ValueError: see `check_run_folder`; or the folder is in use, or the user may not write there.
+        RunFailed: it cannot be written for now.
     """
     joined = engine_config(config, world.size)
     hosts = gather(world, platform.node())
     locks: list[IO[str]] = []
     if not world.first:
-        log.addHandler(logging.NullHandler())  # or Python prints the warnings of every rank
+        open_log(Path(config.run_dir), first=False)
     on_first_rank(world, lambda: locks.append(_take(config, joined, facts, hosts)))
     return locks[0] if locks else None
 
@@ -171,17 +194,25 @@ def _take(config: RunConfig, joined: dict[str, Any], facts: dict[str, Any], host
         options = asdict(config)
         options["data"] |= facts
         _write_files(folder, options, joined, hosts)
-        _open_log(folder / "train.log")
+        open_log(folder, first=True)
     except OSError as error:
-        raise ValueError(f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir.") from error
+        raise unwritable(folder, error) from error
     return lock
+
+
+def unwritable(folder: Path, error: OSError) -> Exception:
+    """What to raise where a run folder cannot be written: a ValueError, or an OSError where that may pass."""
+    said = f"run_dir={folder} cannot be written ({error.strerror}); "
+    if error.errno in MISTAKES:
+        return ValueError(f"{said}choose another run_dir.")
+    return OSError(f"{said}make room there, or choose another run_dir.")
 
 
 def _lock(folder: Path) -> IO[str]:
     """Keeps other runs out of a folder; the kernel lets go of it however this process ends (flock(2))."""
     file = (folder / "lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_within(file, 2.0)  # a report that looks whether a run is at work here holds it for a moment
     except BlockingIOError as error:
         file.seek(0)
         raise ValueError(
@@ -197,6 +228,17 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
+def _lock_within(file: IO[str], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
 def _write_files(folder: Path, options: dict[str, Any], joined: dict[str, Any], hosts: list[str]) -> None:
     write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(options)))
     write_whole(folder / "ds_config.json", json.dumps(joined, indent=2))
@@ -207,12 +249,11 @@ def _write_files(folder: Path, options: dict[str, Any], joined: dict[str, Any], 
 
 def _environment(hosts: list[str]) -> dict[str, Any]:
     """What this start of the run ran on."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if on_gpu() else platform.processor() or "cpu"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "git": git.stdout.strip() or None,
+        "git": _revision(),
         "python": platform.python_version(),
         "versions": {"mixmim_ds": __version__} | {name: version(name) for name in PACKAGES},
         "device": device,
@@ -220,25 +261,10 @@ def _environment(hosts: list[str]) -> dict[str, Any]:
     }
 
 
-class _LogFile(logging.FileHandler):
-    """train.log; what a full disk does not take is written later, or was in the console."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """A traceback for every line would bury what the console still shows."""
-
-
-def log_failure(error: Exception) -> None:
-    """Writes why a run ends to its train.log, if that is open, and not to the console, where it is told last."""
-    traceback = None if isinstance(error, (ValueError, RunFailed)) else (type(error), error, error.__traceback__)
-    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "error: %s", (error,), traceback)
-    for handler in log.handlers:
-        if isinstance(handler, _LogFile):
-            handler.handle(record)
-
-
-def _open_log(path: Path) -> None:
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in (logging.StreamHandler(sys.stdout), _LogFile(path)):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(handler)
+def _revision() -> str | None:
+    """Of the code, where git knows it; containers often lack git."""
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return told.stdout.strip() or None

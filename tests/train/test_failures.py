@@ -3,16 +3,20 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from launching import numbers, rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
+from mixmim_ds.compose import load_config
 from mixmim_ds.report.story import read_story
 from mixmim_ds.train import distributed
 from mixmim_ds.train.distributed import RunFailed, connect, connected, on_every_rank, on_first_rank, tell
+from mixmim_ds.train.failures import BadSteps
 from mixmim_ds.zero_files import Scattered, read_saved
 
 pytestmark = pytest.mark.slow
@@ -84,21 +88,56 @@ def test_what_is_not_finite_is_not_saved(small_run: list[str], tmp_path: Path) -
     assert newest_complete(folder) is None
 
 
-def test_an_error_of_a_library_is_shown_whole_by_any_rank(small_run: list[str], tmp_path: Path) -> None:
-    options = [*small_run, f"run_dir={tmp_path / 'run'}", "train.max_steps=1"]
-    printed = tasks(*options, script="tests/mistaken.py", code=1)
-    assert "Traceback" in printed and "ValueError: this rank alone knows" in printed
-    assert "error: rank 0 waited in vain for another one" in printed
-
-
-def test_a_mistake_that_one_rank_sees_is_told_once(
+def test_an_error_of_a_library_is_shown_whole_by_any_rank(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MISTAKEN", "training")
+    printed = tasks(*small_run, f"run_dir={tmp_path}", "train.max_steps=1", script="tests/mistaken.py", code=1)
+    assert "Traceback" in printed and "ValueError: this rank alone knows" in printed
+    assert "error: rank 0 waited in vain for another one" in printed
+    kept = (tmp_path / "train.log").read_text()
+    assert "error of rank 1: training met an error that it should not" in kept
+    assert "ValueError: this rank alone knows" in kept and "error: rank 0 waited in vain" in kept
+
+
+@pytest.mark.parametrize("what", ["images", "checkpoint"])
+def test_a_mistake_that_one_rank_sees_is_told_once(
+    what: str, small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Images that its node lacks, say."""
-    monkeypatch.setenv("MISTAKEN", "images")
-    printed = tasks(*small_run, f"run_dir={tmp_path / 'run'}", script="tests/mistaken.py", code=2)
+    monkeypatch.setenv("MISTAKEN", what)
+    options = [*small_run, f"run_dir={tmp_path}"]
+    if what == "checkpoint":
+        tasks(*options, "train.max_steps=1")
+    printed = tasks(*options, script="tests/mistaken.py", code=2)
     assert [line for line in printed.splitlines() if "error:" in line] == ["error: this rank alone knows"]
     assert "Traceback" not in printed
+
+
+def test_ranks_with_different_images_do_not_train(
+    small_run: list[str], photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where data.root is on each node's own disk."""
+    monkeypatch.setenv("MISTAKEN", "others")
+    monkeypatch.setenv("OTHERS", str(shutil.copytree(photographs, tmp_path / "others")))
+    next((tmp_path / "others").rglob("*.jpg")).unlink()
+    printed = tasks(*small_run, f"run_dir={tmp_path / 'run'}", script="tests/mistaken.py", code=2)
+    (said,) = [line for line in printed.splitlines() if "error:" in line]
+    assert said.startswith(f"error: data.root={photographs} holds other images for rank 1 on ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_earlier_starts_left_out_counts(tmp_path: Path) -> None:
+    (tmp_path / "failures").mkdir()
+    for step in (3, 5, 9):
+        (tmp_path / "failures" / f"step_{step:08d}.json").write_text("{}")
+    options = load_config(["model=tiny", "data=synthetic", f"run_dir={tmp_path}", "train.max_bad_steps=3"])
+    with connected(60) as world:
+        steps = BadSteps(options, world, 5, str)  # step 9 was after the checkpoint, and comes again
+        infinite = [torch.tensor(float("inf"))]
+        steps.note(6, 1e-4, infinite, [np.arange(2)], 5)
+        with pytest.raises(RunFailed, match="train.max_bad_steps=3 allows no more"):
+            steps.note(7, 1e-4, infinite, [np.arange(2)], 5)
 
 
 def test_a_disk_that_fails_is_no_mistake() -> None:

@@ -1,7 +1,10 @@
 """Whose a run folder is."""
 
 import errno
+import fcntl
 import os
+import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.train import run_folder
-from mixmim_ds.train.run_folder import check_run_folder, difference_to, facts_of
+from mixmim_ds.train.distributed import RunFailed, connected
+from mixmim_ds.train.run_folder import check_run_folder, difference_to, facts_of, open_run_folder
 
 
 @pytest.fixture
@@ -66,6 +70,42 @@ def test_only_a_disk_that_knows_no_locks_is_taken_without(
     else:
         run_folder._lock(tmp_path).close()
         assert "keep other runs out of it" in caplog.text
+
+
+def test_a_report_that_looks_at_a_folder_keeps_no_run_out(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("a+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        letting_go = threading.Timer(0.3, fcntl.flock, (looking, fcntl.LOCK_UN))
+        letting_go.start()
+        run_folder._lock(tmp_path).close()
+        letting_go.join()
+
+
+def test_a_machine_without_git_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_folder._revision()
+    monkeypatch.setenv("PATH", "")
+    assert run_folder._revision() is None
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (errno.EACCES, ValueError, "(Permission denied); choose another run_dir."),
+        (errno.ENOSPC, RunFailed, "(No space left on device); make room there, or choose another run_dir."),
+    ],
+)
+def test_a_disk_without_room_is_no_mistake(
+    number: int, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of SLURM is queued again after it, and not after a mistake."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_folder, "write_whole", refuse)
+    config = load_config(["model=tiny", "data=synthetic", f"run_dir={tmp_path}"])
+    with connected(60) as world, pytest.raises(kind, match=re.escape(f"run_dir={tmp_path} cannot be written {said}")):
+        open_run_folder(config, world, facts_of(None))
 
 
 def in_shards(root: Path, *labels: str) -> FinetuneConfig:

@@ -9,6 +9,8 @@ import torch
 from launching import tasks
 from tuning import SCRIPT, STEPS, told
 
+from mixmim_ds.train import finetune
+from mixmim_ds.train.distributed import RunFailed
 from mixmim_ds.zero_files import read_saved
 
 
@@ -92,3 +94,22 @@ def test_one_process_under_zero2_computes_the_same(straight: Path, options: list
     for (_, *numbers), (_, *expected) in zip(told(tmp_path)[0], told(straight)[0], strict=True):
         assert numbers == pytest.approx(expected, rel=1e-4)  # sums in another order, over all steps
     assert [row["images"] for row in told(tmp_path)[1]] == [73, 73]
+
+
+def test_an_export_that_fails_keeps_the_one_there_and_is_no_mistake(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+
+    def refuse(*arguments: object) -> None:
+        raise ValueError("the disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(finetune, "export_run", refuse)
+        with pytest.raises(RunFailed, match=r"not exported to .*timm \(the disk is full\); the same command tries it"):
+            finetune._export(run_dir)
+    kept = (run_dir / "timm" / "config.json").stat().st_mtime_ns
+    finetune._export(run_dir)
+    assert (run_dir / "timm" / "config.json").stat().st_mtime_ns > kept
+    assert not (run_dir / "timm.new").exists()
