@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -234,14 +235,14 @@ class StopRequest:
     """SIGTERM, SIGINT or SIGUSR1 on any rank becomes a stop of all ranks after the same step.
 
     The agreement runs on the hosts while the next step computes, so it costs no time; a stop takes effect one step
-    after the signal.
+    after the signal. So does the end of the `deepspeed` command, which leaves its launcher and the ranks behind.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.signals = 0
+        self.signals, self.starter = 0, _starter()
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
         for number in self.SIGNALS:
             signal.signal(number, self._note)
@@ -257,7 +258,7 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether any rank had been asked to stop when this was called last; call it once a step on every rank."""
         stop = self.settle()
-        flag = torch.tensor(self.signals)
+        flag = torch.tensor(self.signals + (_starter() != self.starter))
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
         self.pending = (flag, work)
         return stop
@@ -270,3 +271,15 @@ class StopRequest:
         work.wait()
         self.pending = None
         return bool(flag.item())
+
+
+def _starter() -> str | None:
+    """The process that has started this one's launcher, if that is DeepSpeed's: the command that users see and stop, and
+    that passes on nothing but Ctrl-C. What ends a launcher itself reaches its ranks by `die_with_parent`."""
+    launcher = Path(f"/proc/{os.getppid()}")
+    try:
+        if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
+            return None
+        return (launcher / "stat").read_text().rpartition(")")[2].split()[1]
+    except OSError:  # it is gone
+        return None

@@ -36,6 +36,17 @@ def test_signals_to_one_rank_stop_all_with_everything_saved(small_run: list[str]
     assert numbers(stopped) == numbers(twenty)
 
 
+def test_the_end_of_the_command_stops_what_it_started(small_run: list[str], tmp_path: Path) -> None:
+    """As `kill`, `timeout` and systemd end it: DeepSpeed's own launcher lives on, and tells its ranks nothing."""
+    process = start(*small_run, f"run_dir={tmp_path}", "train.max_steps=1000")
+    read_until(process, "step 2/1,000")
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)  # until the ranks have closed it
+    steps = len(rows(tmp_path))
+    assert f"stopped after step {steps}" in printed
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
+
+
 def kill(process: subprocess.Popen[str], whom: str, dice: random.Random) -> None:
     """Kills without warning one rank, the launcher with the ranks left behind, or all; waits until all are gone."""
     ranks = ranks_of(process)
