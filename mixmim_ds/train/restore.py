@@ -24,8 +24,13 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Scattered]) -> None:
         ValueError: they are another model's.
     """
     own = model.state_dict()
-    if {name: value.shape for name, value in own.items()} != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ValueError("the checkpoint holds another model than model.encoder and its options say.")
+    here, there = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, tensors))
+    for name in sorted(here | there):
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"the checkpoint holds another model than the options model.* say: {name} is {there.get(name)} there "
+                f"and {here.get(name)} here; give the options that its run had."
+            )
     for name, value in own.items():
         value.copy_(tensors[name].contiguous())
 

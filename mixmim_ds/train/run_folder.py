@@ -32,6 +32,7 @@ from mixmim_ds.version import __version__
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "hydra-core", "numpy", "tensorboard")
 CONFIG = "config.yaml"
 MISTAKES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG}  # a disk does not mend them
+SHAPES = {"model.encoder", "model.img_size", "model.decoder_dim", "model.decoder_depth"}  # of the weights
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # as of Lustre mounted without flock
 log = logging.getLogger("mixmim_ds")
 
@@ -86,9 +87,12 @@ def check_run_folder(config: RunConfig, facts: dict[str, Any]) -> None:
                 f"run_dir={config.run_dir} holds a run whose images had other labels than those of data.root="
                 f"{config.data.root} have; give them the old ones to continue the run, or choose another run_dir."
             )
+        anew = "choose another run_dir, or start anew from its weights with resume=weights."
+        if name in SHAPES:  # which these weights do not fit
+            anew = "or choose another run_dir."
         raise ValueError(
             f"run_dir={config.run_dir} holds a run with {name}={held}, not {wanted}; give it that value to continue "
-            "the run, choose another run_dir, or start anew from its weights with resume=weights."
+            f"the run, {anew}"
         )
 
 

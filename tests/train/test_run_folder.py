@@ -41,6 +41,14 @@ def test_a_run_of_an_older_version_goes_on_while_new_options_keep_their_defaults
     assert difference_to(other_seed, {"fingerprint": "F"}) == ("train.seed", 0, 1)
 
 
+@pytest.mark.parametrize(("word", "loads"), [("optim.base_lr=1", True), ("model.img_size=192", False)])
+def test_starting_anew_is_recommended_where_the_weights_fit(word: str, loads: bool, held: Path) -> None:
+    config = load_config([f"run_dir={held}", "data.root=DIR", word])
+    with pytest.raises(ValueError, match=f"holds a run with {word.partition('=')[0]}=") as refused:
+        check_run_folder(config, {"fingerprint": "F"})
+    assert ("resume=weights" in str(refused.value)) == loads
+
+
 def test_a_run_that_ended_before_its_first_report_holds_no_folder(held: Path) -> None:
     """As one does whose micro-batch was too large for the GPU."""
     (held / "metrics.jsonl").unlink()
