@@ -28,3 +28,6 @@ def exit_code(work: Callable[[], int]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # as shells say it of SIGINT

@@ -16,6 +16,7 @@ from mixmim_ds.finetune_config import FinetuneConfig
 
 CONF = ROOT / "launch" / "conf"
 PATHS = {"run_dir", "init", "ds", "data.root", "data.val", "data.index_dir", "probe.data"}
+GROUPS = ("model", "data")  # options that stand for a file of CONF
 RECIPES = {"pretrain": "mixmim_*.yaml", "finetune": "finetune_*.yaml"}  # those of each script in CONF/experiment
 
 
@@ -37,6 +38,12 @@ def load_finetune_config(overrides: list[str]) -> FinetuneConfig:
 
 def _compose(name: str, schema: type[RunConfig], overrides: list[str]) -> Any:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    for each in overrides:
+        key, _, value = each.lstrip("+~").partition("=")
+        if re.match(r"hydra\b", key):
+            raise ValueError(f"{key} has no effect, for Hydra only puts the options together; take it out.")
+        if key in GROUPS:
+            one_of(key, value, _choices(f"{key}/*.yaml"))
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose(name, [_with_quotes(each) for each in _with_recipe(name, overrides)])
@@ -56,8 +63,13 @@ def _with_recipe(name: str, overrides: list[str]) -> list[str]:
     if not given:
         return overrides
     recipe = given[-1].partition("=")[2]
-    one_of("experiment", recipe, tuple(sorted(path.stem for path in (CONF / "experiment").glob(RECIPES[name]))))
+    one_of("experiment", recipe, _choices(f"experiment/{RECIPES[name]}"))
     return [*(each for each in overrides if each not in given), f"+experiment={recipe}"]
+
+
+def _choices(pattern: str) -> tuple[str, ...]:
+    """The names of the files of launch/conf that match."""
+    return tuple(sorted(path.stem for path in CONF.glob(pattern)))
 
 
 def _with_quotes(override: str) -> str:
@@ -86,13 +98,12 @@ def _explain(error: Exception, schema: type[RunConfig]) -> str:
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error, OverrideParseException):
         return f"{error.override} is not of the form key=value (quote values that hold = or a comma)."
+    several = re.search(r"Ambiguous value for argument '([^']+)'", text)
+    if several:
+        return f"{several[1]} gives several values to one option; start a run for each (quote a text with commas)."
     unknown = re.match(r"Could not override '([^']+)'", text)
     if unknown:
         return _no_option(unknown[1], _names(OmegaConf.structured(schema)))
-    group = re.search(r"Could not find '(\w+)/([^']+)'", text)
-    if group:
-        choices = sorted(path.stem for path in (CONF / group[1]).glob("*.yaml"))
-        return f"{group[1]}={group[2]} must be one of {', '.join(choices)}."
     cause = str(error.__cause__ or error)
     key = re.search(r"full_key: (\S+)", cause)
     return f"{key[1]}: {cause.splitlines()[0].rstrip('.')}." if key else text

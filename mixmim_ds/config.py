@@ -76,7 +76,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         one_of("data.kind", self.kind, ("folder", "shards", "synthetic"))
         positive("data", self, "prefetch synthetic_images")
-        require(self.threads >= 0, f"data.threads={self.threads} must be 0 (automatic) or a number of threads.")
+        require(0 <= self.threads <= 1024, f"data.threads={self.threads} must lie in 0 .. 1024; 0 = automatic.")
         require(0 <= self.max_bad_share <= 1, f"data.max_bad_share={self.max_bad_share} must lie in 0 .. 1.")
         for name in ("crop_scale", "crop_ratio"):
             ends = getattr(self, name)

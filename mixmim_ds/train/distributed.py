@@ -274,8 +274,8 @@ class StopRequest:
 
 
 def _starter() -> str | None:
-    """The process that has started this one's launcher, if that is DeepSpeed's: the command that users see and stop, and
-    that passes on nothing but Ctrl-C. What ends a launcher itself reaches its ranks by `die_with_parent`."""
+    """The process that has started this one's launcher, if that is DeepSpeed's: the command that users see and stop,
+    which passes on nothing but Ctrl-C. What ends a launcher itself reaches its ranks by `die_with_parent`."""
     launcher = Path(f"/proc/{os.getppid()}")
     try:
         if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
