@@ -127,6 +127,8 @@ class MixMIMTransformer(nn.Module):
         timm hands its `checkpoint_path` straight to this method, without a model's filter. Loading a module that holds
         an encoder does not pass here, so it stays as strict as ever.
         """
+        if self.num_classes and not _has_head(state_dict):
+            _log.warning("The checkpoint has no head: the classifier keeps its own weights.")
         return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict, assign)
 
     @torch.jit.ignore
@@ -247,14 +249,15 @@ class MixMIMTransformer(nn.Module):
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MixMIMTransformer) -> dict[str, Any]:
     """A checkpoint's tensors as `model` takes them: tables of another image size are interpolated, and a checkpoint
-    of pretraining, which has no head at all, gets the model's own (with a warning). All else is left to strict loading.
+    of pretraining, which has no head at all, gets the model's own. All else is left to strict loading.
 
     Raises:
         ValueError: a table is of no image size that the encoder could have had.
     """
     fitted = fit_tables(state_dict, model.layers[0].grid, [stage.window for stage in model.layers])
     own = {f"head.{name}": value for name, value in model.head.state_dict().items()}
-    if own and not any(name.startswith("head.") for name in fitted):
-        _log.warning("The checkpoint has no head: the classifier keeps its own weights.")
-        fitted |= own
-    return fitted
+    return fitted if _has_head(fitted) else fitted | own
+
+
+def _has_head(state_dict: Mapping[str, Any]) -> bool:
+    return any(name.startswith("head.") for name in state_dict)
