@@ -134,7 +134,8 @@ def describe(root: str, images: np.ndarray, others: int, measured: np.ndarray, b
     if not len(images):
         raise ValueError(
             f"data.root={root} holds no image: {b', '.join(scan.EXTENSIONS).decode()} are looked for at any "
-            f"depth, but there are only {others:,} other files; give the folder that holds the images."
+            f"depth, but there are only {others:,} other files; give the folder that holds the images, or data=shards "
+            "if these are tar files."
         )
     readable = measured[:, 0] > 0
     if not readable.any():

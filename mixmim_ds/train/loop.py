@@ -124,7 +124,8 @@ def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest
         run = _begin(prepare(world), world)
         _catch_up(run)
         if run.start >= run.last:
-            log.info("this run has already done its %s steps; nothing is left to do", f"{run.last:,}")
+            done, last = f"{run.start:,}", f"{run.last:,}"
+            log.info("this run has already done %s steps of %s; nothing is left to do", done, last)
             return 0
         try:
             return _train(run, stop)

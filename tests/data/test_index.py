@@ -162,7 +162,8 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, index_dir: Path) -> 
         (tmp_path / "data" / name).touch()
     assert refusal(tmp_path / "data", index_dir) == (
         f"data.root={tmp_path}/data holds no image: .bmp, .jpeg, .jpg, .png, .webp are looked for at any depth, "
-        "but there are only 2 other files; give the folder that holds the images."
+        "but there are only 2 other files; give the folder that holds the images, or data=shards if these are tar "
+        "files."
     )
     assert list(index_dir.iterdir()) == []
 
