@@ -43,9 +43,10 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     except DataFailed as error:
         raise SystemExit(f"error: {error}") from error
     tell_left_out(each.left_out for each in (known, asked))
-    linear, penalty = accuracy_of_classifier(known, asked)
+    linear, penalty = accuracy_of_classifier(known, asked, device)
     return {
-        "source": arguments.source, "knn": accuracy_of_neighbours(known, asked), "linear": linear, "penalty": penalty,
+        "source": arguments.source, "knn": accuracy_of_neighbours(known, asked, device),
+        "linear": linear, "penalty": penalty,
         "stage": arguments.stage or len(encoder.layers), "norm": view.norm, "channels": known.vectors.shape[1],
         "classes": len(train.classes), "train": len(known.labels), "val": len(asked.labels),
     }  # fmt: skip

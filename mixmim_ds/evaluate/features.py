@@ -108,7 +108,8 @@ def extract(
     rank: int = 0, size: int = 1,
 ) -> Vectors:  # fmt: skip
     """The vectors of all images that can be decoded, each once, in the order of the index; of several ranks, this
-    one's batches of them.
+    one's batches of them. In fp32 whatever the run's precision is: so a run judges itself as launch/probe.py judges it,
+    or an export of it, which does not say how it was trained.
 
     Raises:
         DataFailed: nothing can be decoded any more.

@@ -80,7 +80,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
             return replace(found, left_out=known[0].left_out + found.left_out)
 
         asked = on_every_rank(world, look)
-        parts = gather_on_first(world, nearest(known[0], torch.cat([each.vectors for each in asked])))
+        parts = gather_on_first(world, nearest(known[0], torch.cat([each.vectors for each in asked]), world.device))
         if not world.first:
             return {}
         tell_left_out(each.left_out for each in asked)

@@ -16,10 +16,11 @@ from torchvision.transforms import functional as vision
 
 from mixmim_ds.data.index import open_index
 from mixmim_ds.data.labelled import Labelled
+from mixmim_ds.evaluate import probe
 from mixmim_ds.evaluate.features import Vectors, View, extract, load_encoder
-from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours, fit
+from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours, fit, nearest
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def clouds(count: int, spread: float, around: float = 1.0) -> Vectors:
@@ -37,10 +38,32 @@ def test_neighbours_vote_as_a_plain_loop_counts() -> None:
         near = np.argsort(-cosine)[:20]
         votes = [np.exp(cosine[near] / 0.07)[train.labels.numpy()[near] == k].sum() for k in range(5)]
         right += int(np.argmax(votes) == label)
-    assert accuracy_of_neighbours(train, val) == right / 100 and 0.3 < right / 100 < 1
+    assert accuracy_of_neighbours(train, val, CPU) == right / 100 and 0.3 < right / 100 < 1
 
 
-def test_the_classifier_is_at_the_minimum_of_its_loss() -> None:
+def test_known_vectors_in_parts_are_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, asked = clouds(300, 0.6), clouds(100, 0.6).vectors.double()  # whose order rounding does not change
+    known = Vectors(known.vectors.double(), known.labels)
+    whole = nearest(known, asked, CPU)
+    monkeypatch.setattr(probe, "KNOWN", 99)  # of which the last part has fewer than there are neighbours
+    for parts, at_once in zip(nearest(known, asked, CPU), whole, strict=True):
+        torch.testing.assert_close(parts, at_once)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: would compare its judgement with the CPU's")
+def test_a_gpu_judges_alike() -> None:
+    known, asked = clouds(3000, 0.6), clouds(1500, 0.6)
+    theirs, ours = (nearest(known, asked.vectors, device)[0] for device in (GPU, CPU))
+    torch.testing.assert_close(theirs, ours)
+    for judge in (accuracy_of_neighbours, lambda *given: accuracy_of_classifier(*given)[0]):
+        theirs, ours = (judge(known, asked, device) for device in (GPU, CPU))
+        assert abs(theirs - ours) < 0.005, "of 1,500 images"
+
+
+@pytest.mark.parametrize("at_once", [65_536, 64])
+def test_the_classifier_is_at_the_minimum_of_its_loss(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "KNOWN", at_once)
     train = clouds(200, 1.0)
     weight, bias = fit(train.vectors, train.labels, 5, 1e-2)
     weight.requires_grad_(), bias.requires_grad_()
@@ -51,8 +74,8 @@ def test_the_classifier_is_at_the_minimum_of_its_loss() -> None:
 
 
 def test_classes_that_a_line_parts_are_told_and_noise_is_not() -> None:
-    assert accuracy_of_classifier(clouds(200, 0.05), clouds(100, 0.05))[0] == 1
-    accuracy, _ = accuracy_of_classifier(clouds(2000, 1, around=0), clouds(1000, 1, around=0))
+    assert accuracy_of_classifier(clouds(200, 0.05), clouds(100, 0.05), CPU)[0] == 1
+    accuracy, _ = accuracy_of_classifier(clouds(2000, 1, around=0), clouds(1000, 1, around=0), CPU)
     assert abs(accuracy - 0.2) < 0.06  # five standard deviations of a thousand guesses
 
 
