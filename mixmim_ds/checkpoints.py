@@ -36,7 +36,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which then gets the name; if the filling fails nothing is left of it."""
+    """A new folder to fill, which then gets the name; if the filling fails nothing is left of it. A process that is
+    killed meanwhile leaves a hidden folder, whose name begins with a dot and this one's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         # One folder deeper: the temporary one is closed to other users, which the new one must not be.
@@ -44,6 +45,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         draft.rename(path)
+    sync(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,9 +1,7 @@
-"""Writing an export: tensor by tensor, read back, and as a whole or not at all."""
+"""Writing an export: tensor by tensor, and read back."""
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -12,33 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from mixmim_ds.checkpoints import sync
-
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which gets the name `out` once it is filled; if that fails nothing is left of it.
-
-    Raises:
-        ValueError: `out` exists, or the disk refuses.
-    """
-    if out.exists():
-        raise ValueError(f"{out} exists already; choose another folder to write to.")
-    draft = out.with_name(out.name + ".tmp")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)  # of a conversion that was killed
-        draft.mkdir(parents=True)
-        yield draft
-        for file in [*draft.iterdir(), draft]:
-            sync(file)
-        draft.rename(out)
-        sync(out.parent)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)  # no more there if all went well
 
 
 class Pieces(Protocol):

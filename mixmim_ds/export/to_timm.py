@@ -10,11 +10,11 @@ import torch
 from omegaconf import OmegaConf
 from timm.models._hub import save_config_for_hf
 
-from mixmim_ds.checkpoints import Checkpoint
+from mixmim_ds.checkpoints import Checkpoint, sync, whole_folder
 from mixmim_ds.config import ModelConfig
 from mixmim_ds.export.architecture import architecture_source
 from mixmim_ds.export.card import card_of_file, card_of_run
-from mixmim_ds.export.files import Pieces, new_folder, write_safetensors
+from mixmim_ds.export.files import Pieces, write_safetensors
 from mixmim_ds.export.official import build_encoder, read_official
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import Classifier, MixMIMTransformer
@@ -102,13 +102,20 @@ def _write(
     described: dict[str, Any],
 ) -> None:
     """`described`: for config.json, what the encoder's pretrained_cfg does not say (timm's save_config_for_hf)."""
-    with new_folder(out) as draft:
-        write_safetensors(draft / WEIGHTS_FILE, tensors, form.dtype)
-        if decoder:
-            # Heads and targets, which shapes do not tell.
-            notes = {MODEL_NOTE: json.dumps(decoder.options)}
-            write_safetensors(draft / DECODER_FILE, decoder.tensors, form.dtype, notes)
-        save_config_for_hf(encoder, str(draft / "config.json"), **described)
-        (draft / "README.md").write_text(card)
-        if form.architecture_file:
-            (draft / ARCHITECTURE_FILE).write_text(architecture_source())
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another folder to write to.")
+    try:
+        with whole_folder(out) as draft:
+            write_safetensors(draft / WEIGHTS_FILE, tensors, form.dtype)
+            if decoder:
+                # Heads and targets, which shapes do not tell.
+                notes = {MODEL_NOTE: json.dumps(decoder.options)}
+                write_safetensors(draft / DECODER_FILE, decoder.tensors, form.dtype, notes)
+            save_config_for_hf(encoder, str(draft / "config.json"), **described)
+            (draft / "README.md").write_text(card)
+            if form.architecture_file:
+                (draft / ARCHITECTURE_FILE).write_text(architecture_source())
+            for file in [*draft.iterdir(), draft]:
+                sync(file)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}.") from error

@@ -247,14 +247,15 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(trained: Path, tmp_path:
 def test_killed_while_it_writes_it_leaves_no_half(trained: Path, tmp_path: Path) -> None:
     """Killed four times, each at a random moment after the first file was begun."""
     dice = random.Random(2205)
-    out, draft = tmp_path / "out", tmp_path / "out.tmp"
+    out = tmp_path / "out"
     whole = converted(trained, tmp_path / "whole", "--with-decoder")
     expected = {file.name: file.read_bytes() for file in whole.iterdir()} | {"README.md": None}
     command = [sys.executable, "launch/convert.py", str(trained), str(out), "--with-decoder"]
     for _ in range(4):
-        shutil.rmtree(draft, ignore_errors=True)
+        for scratch in tmp_path.glob(".out.*"):
+            shutil.rmtree(scratch)
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not draft.exists():
+        while process.poll() is None and not list(tmp_path.glob(".out.*")):
             pass
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=dice.uniform(0, 0.1))
@@ -264,6 +265,9 @@ def test_killed_while_it_writes_it_leaves_no_half(trained: Path, tmp_path: Path)
             found = {file.name: file.read_bytes() for file in out.iterdir()} | {"README.md": None}
             assert found == expected
             shutil.rmtree(out)
-    (draft / "left").mkdir(parents=True)
-    converted(trained, out, "--with-decoder")
-    assert not draft.exists() and not (out / "left").exists()
+
+
+def test_what_lies_beside_an_export_stays(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "base.tmp").mkdir()
+    converted(trained, tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "base.tmp"]
