@@ -73,8 +73,7 @@ def evaluate(config: FinetuneConfig) -> int:
     with connected(config.train.start_timeout_s) as world:
         train, val = find_labelled(config, world)
         encoder = made_once(world, lambda: load_encoder(config.init, config.train.seed, "init", head=True))
-        names = encoder.pretrained_cfg.get("label_names")  # of foreign files none
-        if encoder.num_classes != len(train.classes) or (names and list(names) != train.classes):
+        if not tells(encoder, train.classes):
             raise ValueError(
                 f"init={config.init} tells {encoder.num_classes} classes, which are not the {len(train.classes)} of "
                 f"data.root={config.data.root}; give a model that was fine-tuned on these."
@@ -87,6 +86,13 @@ def evaluate(config: FinetuneConfig) -> int:
         if world.first:
             print(json.dumps({"init": config.init} | found))
     return 0
+
+
+def tells(encoder: MixMIMTransformer, classes: list[str]) -> bool:
+    """Whether the encoder has a classifier of these classes; of one that does not name its own, as in the authors'
+    files, the number decides."""
+    names = encoder.pretrained_cfg.get("label_names") or classes
+    return encoder.num_classes == len(classes) and list(names) == classes
 
 
 def find_labelled(config: FinetuneConfig, world: World) -> tuple[Labelled, Labelled]:
@@ -129,17 +135,17 @@ def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None)
 
 
 def _begin_with_init(model: Classifier, config: FinetuneConfig, classes: list[str], world: World) -> None:
-    known = on_every_rank(world, lambda: load_init(model, config, classes))[0]
+    origin = on_every_rank(world, lambda: load_init(model, config, classes))[0]
     if world.first:
-        print(f"the classifier is {'that of' if known else 'new, the encoder that of'} init={config.init}", flush=True)
+        print(f"the classifier is {origin}", flush=True)
 
 
-def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> bool:
+def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> str:
     """Gives the model the encoder that `init` names, its tables interpolated to the model's image size, and the
     classifier if it tells the same classes.
 
     Returns:
-        Whether the classifier is that of `init`.
+        words that say where the classifier is from.
 
     Raises:
         ValueError: there is none, or it is of another size.
@@ -152,10 +158,14 @@ def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> 
             f"init={config.init} holds {source.pretrained_cfg['architecture']}, not {config.model.encoder}; take the "
             "model option that fits it."
         )
-    known = list(source.pretrained_cfg.get("label_names") or []) == classes
+    known = tells(source, classes)
     head = {} if known else {name: p for name, p in model.encoder.state_dict().items() if name.startswith("head.")}
     model.encoder.load_state_dict(source.state_dict() | head)
-    return known
+    if not known:
+        return f"new, the encoder that of init={config.init}"
+    if source.pretrained_cfg.get("label_names"):
+        return f"that of init={config.init}"
+    return f"that of init={config.init}, which names no classes: they are taken for those of data.root, in their order"
 
 
 def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[[Path], dict[str, float]]:

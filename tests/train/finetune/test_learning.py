@@ -16,6 +16,8 @@ from mixmim_ds.compose import load_finetune_config
 from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.data.labelled_loader import LabelledLoader
 from mixmim_ds.data.loader import Share
+from mixmim_ds.export.official import save_official
+from mixmim_ds.export.to_timm import Form, export_file
 from mixmim_ds.models import Classifier
 from mixmim_ds.train.finetune import load_init
 from mixmim_ds.train.optim import Schedule, layer_scale
@@ -35,7 +37,7 @@ def test_half_precision_begins_with_the_exact_weights(straight: Path, larger: li
 def test_tables_are_interpolated_to_the_image_size(straight: Path, options: list[str]) -> None:
     config = load_finetune_config([*options, "run_dir=UNUSED", f"init={straight / 'timm'}", "model.img_size=96"])
     model = Classifier("mixmim_tiny", 96, 13).eval()
-    assert not load_init(model, config, list("ABCDEFGHIJKLM")), "other classes"
+    assert load_init(model, config, list("ABCDEFGHIJKLM")).startswith("new, the encoder that of"), "other classes"
     expected = timm.create_model(f"local-dir:{straight / 'timm'}", pretrained=True).eval()
     expected.set_input_size(96)
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
@@ -44,8 +46,23 @@ def test_tables_are_interpolated_to_the_image_size(straight: Path, options: list
     assert model.encoder.head.fc.weight.abs().max() < 1e-4, "its classifier is new"
     for source in (straight, straight / "timm"):  # a run and its export
         classes = json.loads((straight / "timm" / "config.json").read_text())["label_names"]
-        assert load_init(model, replace(config, init=str(source)), classes)
+        assert load_init(model, replace(config, init=str(source)), classes) == f"that of init={source}"
         torch.testing.assert_close(model.encoder.head.fc.weight, expected.head.fc.weight, rtol=0, atol=0)
+
+
+def test_a_classifier_that_does_not_name_its_classes_is_kept_if_it_has_as_many(
+    options: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    tuned = timm.create_model("mixmim_tiny", img_size=64, num_classes=13)
+    save_official(tuned, tmp_path / "authors.pth")
+    export_file(tmp_path / "authors.pth", tmp_path / "timm", Form())
+    config = load_finetune_config([*options, "run_dir=UNUSED", f"init={tmp_path / 'timm'}"])
+    fourteen = Classifier("mixmim_tiny", 64, 14)
+    assert load_init(fourteen, config, list("ABCDEFGHIJKLMN")).startswith("new")
+    model = Classifier("mixmim_tiny", 64, 13)
+    assert "they are taken for those of data.root" in load_init(model, config, list("ABCDEFGHIJKLM"))
+    assert torch.equal(model.encoder.head.fc.weight, tuned.head.fc.weight)
 
 
 def layers_of_tiny() -> dict[str, int]:
