@@ -49,6 +49,8 @@ def bench(*words: str, processes: int = 1) -> dict[str, Any]:
     printed = tasks(*words, processes=processes, script="launch/benchmark.py").splitlines()
     found = json.loads(printed[-1])
     assert found["benchmark"] == words[0] and found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    head = f"deepspeed --num_gpus {processes}" if processes > 1 else "python"
+    assert found["command"].startswith(f"{head} launch/benchmark.py {words[0]} ")
     row = next(line for line in reversed(printed) if line.startswith("|"))
     assert row.count("|") == 6 and found["date"] in row and "cores of" in row, row
     return found

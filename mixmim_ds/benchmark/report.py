@@ -62,9 +62,11 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line of this process, to be repeated."""
+    """The command line of this process, to be repeated; of several, that of their launcher."""
     words = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
-    return f"python {shlex.join([os.path.relpath(sys.argv[0]), *words])}"
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    head = f"deepspeed --num_gpus {processes}" if processes > 1 else "python"
+    return f"{head} {shlex.join([os.path.relpath(sys.argv[0]), *words])}"
 
 
 def print_report(subcommand: str, measured: Measured) -> None:
