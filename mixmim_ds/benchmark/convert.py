@@ -18,8 +18,8 @@ from mixmim_ds.train.distributed import RunFailed
 
 # The least that leaves a checkpoint.
 ONE_STEP = {
-    "data": "synthetic", "train.global_batch": 2, "train.micro_batch": 2, "train.max_steps": 1,
-    "optim.warmup_epochs": 0, "train.picture_every": 0,
+    "data": "synthetic", "train.micro_batch": 2, "train.max_steps": 1, "optim.warmup_epochs": 0,
+    "train.picture_every": 0,
 }  # fmt: skip
 
 
@@ -41,9 +41,9 @@ def measure(arguments: argparse.Namespace) -> Measured:
         run, out = Path(name) / "run", Path(name) / "exported"
         words = [word for word in arguments.words if not word.startswith("run_dir=")]
         given = {word.partition("=")[0] for word in words}
-        _call(
-            "launch/pretrain.py", *words, *(f"{n}={v}" for n, v in ONE_STEP.items() if n not in given), f"run_dir={run}"
-        )
+        defaults = ONE_STEP | {"train.global_batch": config.train.global_batch}
+        own = (f"{name}={value}" for name, value in defaults.items() if name not in given)
+        _call("launch/pretrain.py", *words, *own, f"run_dir={run}")
 
         def export() -> dict[str, float]:
             shutil.rmtree(out, ignore_errors=True)
