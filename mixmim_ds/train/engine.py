@@ -17,7 +17,8 @@ from mixmim_ds.train.distributed import World
 from mixmim_ds.train.onednn import use_onednn
 from mixmim_ds.train.optim import ScaleOf, adamw, all_alike
 
-# DeepSpeed ignores unknown top-level keys without a word, so a typo would pass for a setting.
+# What a run takes. DeepSpeed ignores top-level keys that it does not know, so a typo would pass for a setting; most of
+# the others that it knows (csv_monitor, elasticity, pipeline) are of what a run does in its own way or not at all.
 MECHANICS = {
     "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
     "gradient_predivide_factor", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown", "comms_logger",
@@ -73,7 +74,7 @@ def ds_settings(config: RunConfig) -> dict[str, Any]:
         if key in HYDRA_OWNED:
             raise ValueError(f"ds: {path} sets {key}, which belongs to the option {HYDRA_OWNED[key]}; take it out.")
         if key not in MECHANICS:
-            raise ValueError(f"ds: {path} sets {key}, which DeepSpeed would ignore; take it out or correct it.")
+            raise ValueError(f"ds: {path} sets {key}, which is no setting of a run; take it out or correct it.")
     if zero.get("stage") not in (1, 2, 3):
         raise ValueError(
             f"ds: {path} must set zero_optimization.stage to 1, 2 or 3; stage 0 takes a false first step in bf16."

@@ -44,7 +44,8 @@ def test_a_shipped_file_joins_with_the_runs_options(path: Path) -> None:
     [
         ('{"bf16": {"enabled": true}}', "sets bf16, which belongs to the option precision"),
         ('{"train_batch_size": 8}', "sets train_batch_size, which belongs to the option train.global_batch"),
-        ('{"zero_optimisation": {"stage": 1}}', "sets zero_optimisation, which DeepSpeed would ignore"),
+        ('{"zero_optimisation": {"stage": 1}}', "sets zero_optimisation, which is no setting of a run; take it out or"),
+        ('{"csv_monitor": {"enabled": true}}', "sets csv_monitor, which is no setting of a run; take it out or"),
         ('{"zero_optimization": {"stage": 0}}', "must set zero_optimization.stage to 1, 2 or 3"),
         ("{", "is no valid JSON"),
         ("[]", "must hold an object with another one in it"),
