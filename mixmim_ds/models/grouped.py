@@ -10,6 +10,7 @@ window, S sequences of n tokens each (`groups.Sequences`).
 """
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -107,18 +108,29 @@ def _scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5
 
 
+def _kernels() -> ModuleType:
+    """Those of CUDA; not before they are needed, for Triton takes seconds to import, and is not everywhere.
+
+    Raises:
+        ImportError: Triton is missing, or this package, of which an export may hold the encoder alone.
+    """
+    try:
+        import mixmim_ds.models.attention_triton as kernels
+    except ImportError as error:
+        raise ImportError(f"Masks on CUDA take mixmim_ds and triton ({error}): install both.") from error
+    return kernels
+
+
 @grouped_attention.register_kernel("cuda")
 def _on_cuda(*given: Any) -> tuple[Tensor, Tensor]:
-    from mixmim_ds.models.attention_triton import attention  # Triton takes seconds to import, and is not everywhere
-
-    return attention(*given)
+    result: tuple[Tensor, Tensor] = _kernels().attention(*given)
+    return result
 
 
 @grouped_attention_backward.register_kernel("cuda")
 def _backward_on_cuda(*given: Any) -> tuple[Tensor, Tensor]:
-    from mixmim_ds.models.attention_triton import attention_backward
-
-    return attention_backward(*given)
+    result: tuple[Tensor, Tensor] = _kernels().attention_backward(*given)
+    return result
 
 
 @grouped_attention.register_fake

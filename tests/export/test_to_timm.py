@@ -144,6 +144,9 @@ def test_the_architecture_file_needs_timm_alone(trained: Path, tmp_path: Path) -
         "import timm, torch, mixmim\n"
         "model = timm.create_model(f'local-dir:{sys.argv[1]}', pretrained=True).eval()\n"
         "torch.save(model(torch.load(sys.argv[2])).detach(), sys.argv[3])\n"
+        "try: mixmim._on_cuda()\n"
+        "except ImportError as error: assert str(error).startswith('Masks on CUDA take mixmim_ds and triton (')\n"
+        "else: raise AssertionError('it went on')\n"
     )
     files = [str(out), str(tmp_path / "images.pt"), str(tmp_path / "features.pt")]
     subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=120)
