@@ -136,7 +136,7 @@ class TrainConfig:
 class OptimConfig:
     """AdamW and its schedule: linear warm-up from 0, then half a cosine to min_lr."""
 
-    base_lr: float = 1.5e-4  # per 256 images: lr = base_lr * train.global_batch / 256
+    base_lr: float = 1.5e-4  # per 256 images, see `peak_lr`
     min_lr: float = 0.0
     warmup_epochs: float = 40
     weight_decay: float = 0.05
@@ -155,6 +155,11 @@ class OptimConfig:
             self.clip_grad is None or self.clip_grad > 0,
             f"optim.clip_grad={self.clip_grad} must be positive, or null for no clipping.",
         )
+
+
+def peak_lr(base_lr: float, global_batch: int) -> float:
+    """The linear scaling rule: the learning rate at the end of the warm-up."""
+    return base_lr * global_batch / 256
 
 
 @dataclass

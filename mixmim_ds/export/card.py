@@ -8,6 +8,7 @@ import torch
 from timm.models._hub import generate_readme
 
 from mixmim_ds.checkpoints import Checkpoint, sha256
+from mixmim_ds.config import peak_lr
 from mixmim_ds.export.weights import Weights
 from mixmim_ds.json_lines import read_rows
 from mixmim_ds.models import MixMIM, MixMIMTransformer
@@ -23,7 +24,7 @@ CITATION = """@article{liu2022mixmim,
 def card_of_run(weights: Weights, name: str, dtype: torch.dtype) -> str:
     """Markdown with the front matter of timm's model cards: recipe, data, steps, loss and versions."""
     config, checkpoint = weights.config, weights.checkpoint
-    lr = config.optim.base_lr * config.train.global_batch / 256
+    lr = peak_lr(config.optim.base_lr, config.train.global_batch)
     recipe = (
         f"{config.train.epochs} epochs planned, batch {config.train.global_batch}, AdamW with peak lr {lr:g}, weight "
         f"decay {config.optim.weight_decay}, {config.optim.warmup_epochs} warm-up epochs, {config.precision}, seed "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixmim_ds.config import OptimConfig
+from mixmim_ds.config import OptimConfig, peak_lr
 
 ScaleOf = Callable[[str], float]  # the share of the learning rate (`lr_scale`) of a parameter, by its name
 
@@ -73,8 +73,8 @@ class Schedule:
 
     @property
     def peak(self) -> float:
-        """The linear scaling rule: base_lr is per 256 images."""
-        return self.optim.base_lr * self.global_batch / 256
+        """The highest rate."""
+        return peak_lr(self.optim.base_lr, self.global_batch)
 
     @property
     def total_steps(self) -> int:
