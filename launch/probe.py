@@ -13,6 +13,7 @@ import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
 from mixmim_ds.commands import exit_code
+from mixmim_ds.config import check_seed
 from mixmim_ds.device import on_gpu
 from mixmim_ds.finetune_config import LabelledDataConfig
 
@@ -21,6 +22,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     """Both accuracies and what they are of. ValueError on a user's mistake."""
     if arguments.batch < 1:
         raise ValueError(f"--batch {arguments.batch} must be positive.")
+    check_seed("--seed ", arguments.seed)
     # Here, for a mistake in the words need not wait for the seconds that DALI takes.
     from mixmim_ds.data.central import tell_left_out
     from mixmim_ds.data.labelled import open_labelled

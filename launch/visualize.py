@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mixmim_ds  # noqa: F401  registers the encoders
 from mixmim_ds.commands import exit_code
+from mixmim_ds.config import check_seed
 
 
 def visualize(arguments: argparse.Namespace) -> str:
@@ -21,8 +22,7 @@ def visualize(arguments: argparse.Namespace) -> str:
     for name in ("rows", "neighbours"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)} must be positive.")
-    if not 0 <= arguments.seed < 2**64:
-        raise ValueError(f"--seed {arguments.seed} must be a whole number from 0 to 2^64-1.")
+    check_seed("--seed ", arguments.seed)
     # Here, for a mistake in the words need not wait for the seconds that these take.
     from mixmim_ds.evaluate.look import as_the_model_takes_them, draw_pairs, find_files, find_neighbours, read_images
     from mixmim_ds.evaluate.sheet import Captioned, Sheet

@@ -31,6 +31,11 @@ def positive(section: str, options: Any, names: str) -> None:
         require(value > 0, f"{section}.{name}={value} must be positive.")
 
 
+def check_seed(option: str, seed: int) -> None:
+    """ValueError unless the seed is one that every generator takes."""
+    require(0 <= seed < 2**63, f"{option}{seed} must be a whole number from 0 to 2^63-1.")
+
+
 @dataclass
 class ModelConfig:
     """The pretraining model; the decoder is the paper's for every encoder."""
@@ -118,7 +123,7 @@ class TrainConfig:
             self.global_batch % self.micro_batch == 0,
             f"train.global_batch={self.global_batch} must be a multiple of train.micro_batch={self.micro_batch}.",
         )
-        require(0 <= self.seed < 2**63, f"train.seed={self.seed} must lie in 0 .. 2^63-1.")
+        check_seed("train.seed=", self.seed)
         require(self.keep_last >= 2, f"train.keep_last={self.keep_last} must be at least 2; the newest may be damaged")
         require(
             self.keep_every >= 0 and self.keep_every % self.save_every == 0,

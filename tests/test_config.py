@@ -70,7 +70,8 @@ def test_the_last_recipe_holds_with_a_plus_or_without() -> None:
     ("override", "sentence"),
     [
         ("train.max_steps=0", "train.max_steps=0 must be positive"),
-        ("train.seed=-1", "train.seed=-1"),
+        ("train.seed=-1", "train.seed=-1 must be a whole number from 0 to 2^63-1."),
+        (f"train.seed={2**63}", f"train.seed={2**63} must be a whole number from 0 to 2^63-1."),
         ("train.profile=[5,4]", "train.profile=[5, 4] must be the first and the last of at most 100 steps"),
         ("train.profile=[1,101]", "train.profile=[1, 101] must be the first and the last of at most 100 steps"),
         ("train.keep_last=1", "train.keep_last=1 must be at least 2"),

@@ -43,7 +43,7 @@ class Plan:
     An epoch visits every image once, in an order of its own, except the last N % global_batch of that order.
 
     Raises:
-        ValueError: a seed beyond 64 bits, or fewer images than a step needs.
+        ValueError: fewer images than a step needs.
     """
 
     seed: int
@@ -57,7 +57,6 @@ class Plan:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
         if len(self.sizes) < self.global_batch:
             raise ValueError(
                 f"There are {len(self.sizes):,} images (data.root), too few for one step of "
@@ -98,12 +97,6 @@ class Plan:
         return MicroBatchPlan(ids, windows, flips, mask)
 
 
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless the seed is of 64 bits."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"train.seed={seed} must be a whole number from 0 to 2^64-1.")
-
-
 def splitmix64(state: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Output number `index`, from 0, of the SplitMix64 generator started at `state`; uint64, broadcast."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant, numpy warns of it for scalars
@@ -122,7 +115,6 @@ def bits(seed: int, stream: int, *counters: int | np.ndarray) -> np.ndarray:
     Every counter names an output of the generator that the counters before it have started, so
     `splitmix64(bits(seed, stream, a), b)` is `bits(seed, stream, a, b)`.
     """
-    check_seed(seed)
     state = np.asarray(seed, np.uint64)
     for counter in (stream, *counters):
         state = splitmix64(state, np.asarray(counter).astype(np.uint64))

@@ -144,6 +144,7 @@ MISTAKES = {
     "nowhere": "EXPORT_OR_RUN: nowhere is no folder",
     "--img-size 100": "img_size",
     "--batch 0": "--batch 0 must be positive",
+    f"--seed {2**64}": "must be a whole number from 0 to 2^63-1",
     "--stage 5": "--stage 5 must be one of 1 to 4",
     "--stage 2 --no-norm": "--no-norm has no effect with --stage 2",
     "--data TMP": "does not exist",
