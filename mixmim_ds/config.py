@@ -1,6 +1,7 @@
 """The options of a run: their names, types, defaults and checks (Hydra's schema). Those of fine-tuning alone are in
 finetune_config.py."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def check_seed(option: str, seed: int) -> None:
 
 @dataclass
 class ModelConfig:
-    """The pretraining model; the decoder is the paper's for every encoder."""
+    """The pretraining model; the decoder is the paper's, but model=tiny brings a small one (launch/conf/decoder)."""
 
     encoder: str = "mixmim_base"
     img_size: int = 224
@@ -182,6 +183,9 @@ class RunConfig:
     activation_checkpointing: str = "none"  # selective keeps the matrix products, full keeps block inputs only
 
     def __post_init__(self) -> None:
+        for name, value in flatten(asdict(self)).items():
+            numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, float)]
+            require(all(map(math.isfinite, numbers)), f"{name}={value} must be finite.")
         require(
             self.data.kind == "synthetic" or bool(self.data.root),
             "data.root is not set; add data.root=DIR, the folder that holds the images"
