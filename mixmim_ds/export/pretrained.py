@@ -31,19 +31,19 @@ def load_pretrained(source: Path) -> Pretrained:
     """The model of a run's newest complete checkpoint, of a checkpoint, or of an exported folder.
 
     Raises:
-        ValueError: there is none, or the export was made without its decoder.
+        ValueError: there is none, or the export was made without its decoder, or its files are not of one model.
     """
-    options: Any
     if (source / "config.json").is_file():
-        options, state = _read_export(source)
-        normalisation = json.loads((source / "config.json").read_text())["pretrained_cfg"]
-    else:
-        weights = read_weights(source)
-        if not weights.decoder:
-            raise ValueError(f"{source} was fine-tuned and holds no decoder; give the run that it was pretrained in.")
-        options = OmegaConf.to_container(weights.config.model)
-        state = {name: pieces.contiguous() for name, pieces in weights.tensors.items()}
-        normalisation = weights.config.data
+        return _of_export(source)
+    weights = read_weights(source)
+    if not weights.decoder:
+        raise ValueError(f"{source} was fine-tuned and holds no decoder; give the run that it was pretrained in.")
+    options: Any = OmegaConf.to_container(weights.config.model)
+    state = {name: pieces.contiguous() for name, pieces in weights.tensors.items()}
+    return _put_together(options, state, weights.config.data)
+
+
+def _put_together(options: dict[str, Any], state: dict[str, Any], normalisation: Any) -> Pretrained:
     config = ModelConfig(**options)
     model = build_model(config)
     model.load_state_dict(state)
@@ -73,8 +73,8 @@ def load_exported(folder: Path, head: bool = True) -> MixMIMTransformer:
     return encoder
 
 
-def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the model and its tensors by their names there."""
+def _of_export(folder: Path) -> Pretrained:
+    """The model of an exported folder."""
     path, remedy = folder / DECODER_FILE, "give the run, or export it by launch/convert.py RUN OUT_DIR --with-decoder."
     if not path.is_file():
         raise ValueError(f"{folder} holds no decoder, which reconstructions take; {remedy}")
@@ -86,4 +86,10 @@ def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{folder} cannot be read ({error}); {remedy}") from error
     if MODEL_NOTE not in notes:
         raise ValueError(f"{path} does not say what model it is of; {remedy}")
-    return json.loads(notes[MODEL_NOTE]), {ENCODER + name: tensor for name, tensor in encoder.items()} | decoder
+    state = {ENCODER + name: tensor for name, tensor in encoder.items()} | decoder
+    try:
+        normalisation = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+        return _put_together(json.loads(notes[MODEL_NOTE]), state, normalisation)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # a file of another export, or written by hand
+        reason = type(error).__name__
+        raise ValueError(f"{folder} holds files that are not of one model ({reason}); {remedy}") from error

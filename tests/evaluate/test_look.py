@@ -1,5 +1,6 @@
 """Looking at images through a model: pairs against the plan and plain arithmetic, neighbours, and the command."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,10 @@ def test_the_command_draws_a_run_and_its_export_alike(
     assert drawn.size == again.size and drawn.tobytes() == again.tobytes()
     assert drawn.width == 6 * (SIDE + GAP) - GAP + 2 * (SIDE // 8) and drawn.height > (4 + 7) * (SIDE + GAP)
     old = load_file(export / "decoder.safetensors")
+    for options in ({"encoder": "mixmim_tiny", "img_size": 64}, {"enkoder": "mixmim_tiny"}):  # the former: a larger one
+        save_file(old, export / "decoder.safetensors", {"model": json.dumps(options)})
+        with pytest.raises(ValueError, match="holds files that are not of one model .[A-Za-z]*.; give the run, or"):
+            load_pretrained(export)
     save_file(old, export / "decoder.safetensors")
     with pytest.raises(ValueError, match="does not say what model it is of"):
         load_pretrained(export)
