@@ -31,7 +31,7 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
     from mixmim_ds.evaluate.probe import accuracy_of_classifier, accuracy_of_neighbours
     from mixmim_ds.train.distributed import share_of_cores
 
-    data = LabelledDataConfig(root=str(arguments.data), index_dir=str(arguments.index_dir))
+    data = LabelledDataConfig(root=arguments.data, index_dir=str(arguments.index_dir))
     train, val = open_labelled(data, "--data")
     encoder = load_encoder(arguments.source, arguments.seed, "EXPORT_OR_RUN")
     view = View(arguments.stage, not arguments.no_norm)
@@ -58,7 +58,7 @@ def main() -> int:
     """Reads the command line and probes. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="EXPORT_OR_RUN", help="an export, a run, a checkpoint, or random:SIZE")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="holds train/ and val/")
+    parser.add_argument("--data", required=True, metavar="DIR", help="holds train/ and val/; s3://bucket/prefix too")
     parser.add_argument("--img-size", type=int, help="pixels (default: the encoder's own)")
     parser.add_argument("--stage", type=int, default=0, help="1, 2, ...: whose tokens are averaged (default: the last)")
     parser.add_argument("--no-norm", action="store_true", help="without the encoder's final LayerNorm")

@@ -5,8 +5,8 @@ N images of a set
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,9 +58,9 @@ def open_labelled(data: LabelledDataConfig, option: str = "data.root") -> tuple[
 
 def parts_of(data: LabelledDataConfig) -> tuple[LabelledDataConfig, LabelledDataConfig]:
     """Where the images to learn from and those to judge by are."""
-    root = str(data.root)
-    learn = root if data.kind == "shards" else str(Path(root, "train"))
-    return replace(data, root=learn), replace(data, root=data.val or str(Path(root, "val")))
+    root = str(data.root)  # a Path would make one slash of the two in s3://
+    learn = root if data.kind == "shards" else os.path.join(root, "train")
+    return replace(data, root=learn), replace(data, root=data.val or os.path.join(root, "val"))
 
 
 def _open(part: LabelledDataConfig, option: str) -> Images:

@@ -15,11 +15,13 @@ from tars import picture, write_tar
 from mixmim_ds.data import recover, s3
 from mixmim_ds.data.central import CentralBatches
 from mixmim_ds.data.index import open_index
+from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.data.loader import Normalise
 from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.data.s3_folder import open_folder
 from mixmim_ds.data.shards import Images, open_shards
 from mixmim_ds.data.verify import verify
+from mixmim_ds.finetune_config import LabelledDataConfig
 
 PATTERNS = ["shards/train-{000000..000004}.tar", "shards/*.tar", "**/train-00000[0-4].tar", "s{hards/train,x}-*.tar"]
 
@@ -183,6 +185,23 @@ def test_no_access_and_no_boto3_are_one_sentence(
     monkeypatch.setitem(sys.modules, "botocore.exceptions", None)
     remedy = "S3 takes boto3, which is missing; pip install 'mixmim_ds[s3]'."
     assert refused() == [remedy, remedy]
+
+
+def test_labelled_sets_are_those_of_the_disk_and_are_probed(bucket: str, client: Any, tmp_path: Path) -> None:
+    for i in range(24):
+        name = f"{('train', 'val')[i % 4 == 0]}/{('cat', 'dog')[i // 4 % 2]}/{i}.jpg"
+        path = tmp_path / "labelled" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(40 + i))
+        client.put_object(Bucket=bucket, Key=f"labelled/{name}", Body=path.read_bytes())
+    roots = f"s3://{bucket}/labelled", str(tmp_path / "labelled")
+    in_s3, on_disk = (open_labelled(LabelledDataConfig(root=root, index_dir=str(tmp_path / "index"))) for root in roots)
+    for left, right in zip(in_s3, on_disk, strict=True):
+        assert told(left.images) == told(right.images) and left.digest == right.digest
+    assert [len(part) for part in in_s3] == [18, 6] and in_s3[0].classes == ["cat", "dog"]
+    words = ["--data", roots[0], "--index-dir", tmp_path / "index", "--img-size", "32"]
+    done = typed("launch/probe.py", "random:tiny", *words)
+    assert done.returncode == 0 and "18 images to learn from, 6 to tell" in done.stdout, done.stderr
 
 
 def test_the_command_looks_after_a_folder_in_s3(disk: Path, bucket: str, tmp_path: Path) -> None:
