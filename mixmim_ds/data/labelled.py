@@ -79,5 +79,6 @@ def _open(part: LabelledDataConfig, option: str) -> Images:
 
 
 def _labels(images: Images, classes: list[str]) -> Tensor:
-    position = torch.tensor([classes.index(name) for name in images.classes])
+    numbers = {name: number for number, name in enumerate(classes)}
+    position = torch.tensor([numbers[name] for name in images.classes])
     return position[torch.from_numpy(np.array(images.labels, np.int64))]
