@@ -1,6 +1,9 @@
 """Buckets of an S3 server on loopback (moto's), for tests."""
 
 import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,41 @@ def serve(port: int = 0) -> ThreadedMotoServer:
     return server
 
 
-def endpoint_of(server: ThreadedMotoServer) -> str:
+class BreakingServer(ThreadingHTTPServer):
+    """Answers all that is asked for with ten digits, `bad` times with half of them; serves until the block ends."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Breaking)
+        self.way, self.asked, self.bad = way, 0, 0
+
+    def __enter__(self) -> "BreakingServer":
+        threading.Thread(target=self.serve_forever).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        super().__exit__()
+
+    def get_host_and_port(self) -> tuple[str, int]:
+        return self.server_address
+
+
+class _Breaking(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        breaks = self.server.asked <= self.server.bad and self.server.way != "TLS"
+        self.send_response(206)
+        self.send_header("Content-Length", "10")
+        self.end_headers()
+        self.wfile.write(b"01234" if breaks else b"0123456789")
+        if breaks and self.server.way == "silent":
+            time.sleep(0.5)  # the connection is closed after that
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def endpoint_of(server: ThreadedMotoServer | BreakingServer) -> str:
     return "http://{}:{}".format(*server.get_host_and_port())
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 SCHEME = "s3://"
 CONNECTIONS = 32  # threads of a process that wait for the store at once
-ATTEMPTS = 5  # of a request that the store does not answer or refuses for a moment, at most
+ATTEMPTS = 5  # of a request that the store does not answer, refuses for a moment or breaks off, at most
 CONNECT_S, READ_S = 10, 20  # without a sign of the store, after which an attempt is given up
 FORBIDDEN, NOT_FOUND, NO_SUCH_RANGE = 403, 404, 416  # what HTTP says of one object; all else is the store's own trouble
 
@@ -60,10 +60,30 @@ def read(address: str, offset: int = 0, length: int | None = None) -> bytes:
     span = {} if length is None else {"Range": f"bytes={offset}-{offset + length - 1}"}
     try:
         with _client_for(address) as client:
-            content: bytes = client.get_object(Bucket=bucket, Key=key, **span)["Body"].read()
+            return _content(client, {"Bucket": bucket, "Key": key, **span})
     except EOFError:
         return b""
-    return content
+
+
+def _content(client: Any, wanted: dict[str, str]) -> bytes:
+    """The body of an answer, asked for again while it breaks: the client itself tries requests again, not bodies.
+
+    Raises:
+        BotoCoreError, urllib3.exceptions.HTTPError: at the last attempt, too.
+    """
+    from botocore.exceptions import BotoCoreError
+    from urllib3.exceptions import HTTPError
+
+    attempts = 0
+    while True:
+        body = client.get_object(**wanted)["Body"]
+        try:
+            content: bytes = body.read()
+            return content
+        except (BotoCoreError, HTTPError):
+            attempts += 1
+            if attempts == ATTEMPTS:
+                raise
 
 
 class _Raw(io.RawIOBase):
@@ -156,6 +176,7 @@ def _client_for(address: str) -> Iterator[Any]:
     """The client, whose errors become OSErrors; EOFError for a range beyond the end of an object."""
     try:
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
+        from urllib3.exceptions import HTTPError
     except ImportError as error:
         remedy = "S3 takes boto3, which is missing; pip install 'mixmim_ds[s3]'"
         raise StorageDown(errno.ENOSYS, remedy, address) from error
@@ -170,7 +191,7 @@ def _client_for(address: str) -> Iterator[Any]:
         raise StorageDown(errno.EACCES, remedy, address) from error
     except ParamValidationError as error:
         raise StorageDown(errno.EINVAL, "that names no bucket; write s3://bucket/prefix", address) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, HTTPError) as error:  # botocore lets the latter through where TLS fails in a body
         reason = " ".join(str(error).split()).rstrip(".")
         raise StorageDown(errno.EIO, f"{reason}; see AWS_ENDPOINT_URL, AWS_PROFILE and the network", address) from error
 

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from buckets import endpoint_of, forbid, serve
+from botocore.response import StreamingBody
+from buckets import BreakingServer, endpoint_of, forbid, serve
 from launching import typed
 from loading import CPU, assert_same, global_batches, loaders_of, read
 from tars import picture, write_tar
+from urllib3.exceptions import SSLError
 
 from mixmim_ds.data import recover, s3
 from mixmim_ds.data.central import CentralBatches
@@ -64,6 +66,33 @@ def test_an_object_is_read_as_a_file(bucket: str, client: Any) -> None:
     assert s3.read(address, 10, 1) == b""
     with s3.open_object(address, 4) as file:
         assert (file.read(1), file.seek(7), file.read(9), file.read(1)) == (b"0", 7, b"789", b"")
+
+
+@pytest.mark.parametrize("way", ["cut off", "silent", "TLS"])
+def test_a_body_that_breaks_is_read_again(
+    way: str, monkeypatch: pytest.MonkeyPatch, client: Any, forget: Callable[[], None]
+) -> None:
+    """TLS alone is staged."""
+
+    def read_by_tls(body: StreamingBody) -> bytes:
+        if server.asked <= server.bad:
+            raise SSLError("DECRYPTION_FAILED_OR_BAD_RECORD_MAC")
+        return read_body(body)
+
+    read_body = StreamingBody.read
+    if way == "TLS":
+        monkeypatch.setattr(StreamingBody, "read", read_by_tls)
+    monkeypatch.setattr(s3, "READ_S", 0.1)
+    forget()
+    with BreakingServer(way) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint_of(server))
+        for bad, reads in ((0, 1), (1, 2), (s3.ATTEMPTS - 1, s3.ATTEMPTS)):
+            server.asked, server.bad = 0, bad
+            assert s3.read("s3://bucket/key", 3, 10) == b"0123456789" and server.asked == reads
+        server.asked, server.bad = 0, s3.ATTEMPTS
+        with pytest.raises(s3.StorageDown, match="see AWS_ENDPOINT_URL"):
+            s3.read("s3://bucket/key", 3, 10)
+        assert server.asked == s3.ATTEMPTS
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
