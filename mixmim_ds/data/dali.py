@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import fn, math, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
@@ -38,47 +39,48 @@ def build_pipeline(
         prefetch: batches worked on ahead.
     """
     on_gpu = device.type == "cuda"
-    # All or nothing: a share would let the place in the batch choose the decoder, and with it the pixels.
-    hardware: dict[str, Any] = {"hw_decoder_load": 1.0} if on_gpu else {}
-
-    @pipeline_def(
+    pipeline = Pipeline(
         batch_size=batch,
         num_threads=threads,
         device_id=device.index if on_gpu else None,
         prefetch_queue_depth=prefetch,
         exec_dynamic=True,
     )
-    def graph() -> object:
-        """What happens to one batch, from its paths or bytes to its pixels."""
-        encoded, corner, size, flip = fn.external_source(
-            feed, num_outputs=4, batch=True, dtype=[types.UINT8] + 3 * [types.INT32], ndim=[1, 1, 1, 0]
-        )
-        if source == "paths":
-            # mmap serialises opens, grows with every path and dies with SIGBUS when a file shrinks.
-            encoded = fn.io.file.read(encoded, dont_use_mmap=True)
-        # A header that does not parse takes the whole process down in the decoder, but is an exception here; and a
-        # window from an outdated index stays inside the image.
-        image = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
-        size = math.min(size, image)
-        corner = math.max(math.min(corner, image - size), 0)
-        pixels = fn.decoders.image_slice(
-            encoded,
-            start=corner,
-            shape=size,
-            axes=[0, 1],
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            **hardware,
-        )
-        pixels = fn.resize(pixels, size=[img_size, img_size], interp_type=types.INTERP_CUBIC, antialias=True)
-        return fn.crop_mirror_normalize(pixels, mirror=flip, dtype=types.UINT8, output_layout="CHW")
-
-    pipeline = graph()
+    with pipeline:
+        pipeline.set_outputs(_graph(feed, source, img_size, on_gpu))
     pipeline.build()
     if not pipeline.exec_dynamic:
         raise RuntimeError("DALI's dynamic executor is off; batches that are still in use would be overwritten.")
     return pipeline
+
+
+def _graph(feed: Feed, source: Source, img_size: int, on_gpu: bool) -> DataNode:
+    """What happens to one batch, from its paths or bytes to its pixels."""
+    # All or nothing: a share would let the place in the batch choose the decoder, and with it the pixels.
+    hardware: dict[str, Any] = {"hw_decoder_load": 1.0} if on_gpu else {}
+    encoded, corner, size, flip = fn.external_source(
+        feed, num_outputs=4, batch=True, dtype=[types.UINT8] + 3 * [types.INT32], ndim=[1, 1, 1, 0]
+    )
+    if source == "paths":
+        # mmap serialises opens, grows with every path and dies with SIGBUS when a file shrinks.
+        encoded = fn.io.file.read(encoded, dont_use_mmap=True)
+    # A header that does not parse takes the whole process down in the decoder, but is an exception here; and a
+    # window from an outdated index stays inside the image.
+    image = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False)[:2], dtype=types.INT32)
+    size = math.min(size, image)
+    corner = math.max(math.min(corner, image - size), 0)
+    pixels = fn.decoders.image_slice(
+        encoded,
+        start=corner,
+        shape=size,
+        axes=[0, 1],
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        **hardware,
+    )
+    pixels = fn.resize(pixels, size=[img_size, img_size], interp_type=types.INTERP_CUBIC, antialias=True)
+    return fn.crop_mirror_normalize(pixels, mirror=flip, dtype=types.UINT8, output_layout="CHW")
 
 
 def run_pipeline(pipeline: Pipeline, device: torch.device) -> Tensor:
