@@ -18,6 +18,7 @@ from mixmim_ds.data.shards import Images
 
 RETRIES = 3  # of a batch whose images all decode alone, or that S3 does not give
 DOWN_S = 30  # that S3 gets to come back before a retry; the client soon makes none of its own (its retry quota)
+UNEXPLAINED = "DALI does not decode it, although PIL does"
 
 T = TypeVar("T")
 OpenPipeline = Callable[[Feed, int, int], Pipeline]  # of a feed, for a number of images a batch and of batches ahead
@@ -99,6 +100,6 @@ def why_broken(images: Images, i: int) -> str:
     try:
         with images.open(i) as file, open_image(file) as image:
             image.load()
-        return "DALI does not decode it, although PIL does"
+        return UNEXPLAINED
     except Exception as error:  # whatever strikes a parser that meets arbitrary bytes
         return reason_of(error)

@@ -111,6 +111,33 @@ def test_what_is_remembered_changes_nothing_but_the_time(index: Index) -> None:
         assert_all_same(read(loaders, start=2, steps=1), whole[2:])
 
 
+def test_known_images_cost_no_pipelines_and_come_back_once_they_are_mended(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {i: index.path(i).read_bytes() for i in range(0, 300, 10)}
+    for i in broken:
+        index.path(i).write_bytes(DAMAGES["text"](b""))
+    opened, build = [], loader_module.build_pipeline
+    monkeypatch.setattr(loader_module, "build_pipeline", lambda *rest: opened.append(0) or build(*rest))
+    (loader,) = loaders_of(index, 1)
+    batches = loader.batches(0)
+
+    def read_epoch(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images of each micro-batch, and those planned, int [36, 8]."""
+        got = np.array([batch.ids for batch in itertools.islice(batches, 36)])
+        return got, np.array([loader.plan.micro_batch_at(9 * epoch + i // 4, i % 4).ids for i in range(36)])
+
+    read_epoch(0), read_epoch(1)
+    opened.clear()
+    got, planned = read_epoch(2)
+    assert np.isin(planned, list(broken)).any(1).sum() > 10 and not np.isin(got, list(broken)).any()
+    assert len(opened) <= 2, "a window may end above all that have been tried"
+    for i, content in broken.items():
+        index.path(i).write_bytes(content)
+    got, planned = read_epoch(3)
+    assert (got[8:] == planned[8:]).all(), "and before that what was read ahead"
+
+
 @pytest.mark.parametrize("damage", ["empty", "zero bytes", "text", "GIF"])
 def test_in_a_batch_of_real_size_such_a_file_kills_no_process(index: Index, damage: str) -> None:
     """Without the guard in the graph it did, with SIGSEGV."""
@@ -197,7 +224,7 @@ def test_fuzzed_files_mixed_into_a_set(photographs: Path, tmp_path: Path, count:
     for i in range(count):
         content = fuzzed(contents[2 * i % len(contents)], dice.choice(contents), dice)
         (root / f"{2 * i:04}.jpg").write_bytes(content)
-    steps = len(index) // 32
+    steps = 2 * (len(index) // 32)  # two epochs: what was tried in the first is remembered in the second
     alone = loaders_of(index, 1)
     expected = read(alone, start=0, steps=steps)
     two = loaders_of(index, 2)
