@@ -52,6 +52,7 @@ on_signal() {
 activate() {
     local script=${MIXMIM_ENV:-} needed='"deepspeed", "hydra", "timm", "nvidia.dali"'
     [[ -z $script && -f .venv/bin/activate ]] && script=.venv/bin/activate
+    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT # of the shell that submitted; the script may set its own
     if [[ -n $script ]]; then
         [[ -f $script ]] || fail "MIXMIM_ENV=$script is no file; name a script that activates the environment (SLURM.md)."
         set +u # conda's and modules' scripts read variables that may be unset
@@ -87,7 +88,6 @@ set_environment() {
     export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$dumps
     # Compiled kernels on the node's own disk: in a shared home the ranks would wait for each other's locks.
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}
-    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT # of the shell that submitted; srun's tasks know their own
 }
 
 newest() { cat "$run_dir/checkpoints/latest" 2>/dev/null || echo nothing; }

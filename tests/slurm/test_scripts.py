@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from launching import ROOT
@@ -54,3 +55,20 @@ def test_a_job_without_a_run_folder_is_one_sentence() -> None:
     command = ["bash", "-c", BEGINNING, "job", "run_dir="]
     found = subprocess.run(command, cwd=ROOT, env=os.environ | JOB, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (2, "") and found.stderr.startswith("error: run_dir is not set; add")
+
+
+# As a job does it, up to where it starts its tasks.
+MEETING = """
+source launch/common.sh
+run_dir=$1 logs=$1/logs cpus=1
+activate && set_environment && echo "${RANK:-none} ${MASTER_ADDR:-none} $MASTER_PORT"
+"""
+
+
+def test_the_meeting_point_is_that_of_the_environments_script_not_of_the_shell_that_submits(tmp_path: Path) -> None:
+    (tmp_path / "env.sh").write_text("export MASTER_PORT=4444\n")
+    shell = {"RANK": "7", "MASTER_ADDR": "laptop", "MASTER_PORT": "1"}
+    names = os.environ | JOB | shell | {"MIXMIM_ENV": str(tmp_path / "env.sh"), "MIXMIM_SRUN": "--exclusive"}
+    command = ["bash", "-c", MEETING, "job", tmp_path / "run"]
+    found = subprocess.run(command, cwd=ROOT, env=names, capture_output=True, text=True, check=True)
+    assert found.stdout == "none none 4444\n"
