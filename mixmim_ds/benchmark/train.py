@@ -135,7 +135,7 @@ def attempt(builds: list[Build], config: PretrainConfig) -> float:
 
 
 def _attempt(builds: list[Build], config: PretrainConfig, told: Connection) -> None:
-    os.environ.pop("MASTER_ADDR", None)  # it is no rank of its parent's run
+    os.environ.pop("RANK", None)  # it is no rank of its parent's run
     try:
         with connected(config.train.start_timeout_s) as world:
             batches = micro_batches(config, world)

@@ -92,8 +92,8 @@ def connect(timeout_s: int) -> World:
     """
     adopt()
     alone: dict[str, Any] = {}
-    if "MASTER_ADDR" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if "RANK" not in os.environ:  # a launcher sets it; others, such as MASTER_ADDR, may stand in any shell
+        os.environ |= {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # not RANK, for a process may connect again
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # a port could be taken by then
     else:
         # A launcher that is killed would leave its ranks behind, training on unseen: they stop, saved, instead.

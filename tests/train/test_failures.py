@@ -152,6 +152,17 @@ def test_a_disk_that_fails_is_no_mistake() -> None:
                 call(world, fail)
 
 
+def test_without_a_rank_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a shell has left of another launch, and again when it has parted."""
+    for name, value in (("RANK", None), ("MASTER_ADDR", "nowhere.invalid"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "7")):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    for _ in range(2):
+        with connected(60) as world:
+            assert (world.rank, world.size) == (0, 1)
+
+
 def test_a_rank_without_a_gpu_says_so_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Where there are 4 GPUs; here they are made up."""
     monkeypatch.setattr(distributed, "on_gpu", lambda: True)
