@@ -18,9 +18,18 @@ def adopt() -> None:
     if "RANK" in given or int(given.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return
     given |= {"RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"]}
-    given["LOCAL_RANK"] = given["SLURM_LOCALID"]
+    given["LOCAL_RANK"] = "0" if _has_own_gpu() else given["SLURM_LOCALID"]
     given.setdefault("MASTER_ADDR", nodes()[0])
     given.setdefault("MASTER_PORT", str(PORTS + int(given["SLURM_JOB_ID"]) % PORTS))
+
+
+def _has_own_gpu() -> bool:
+    """Whether this task sees one GPU of several that its step has here, as with --gpus-per-task=1 or --gpu-bind.
+
+    SLURM (22.05) tells a task of neither option, so what it sees decides. One of one is shared by the tasks there are.
+    """
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return len(seen) == 1 and int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) > 1
 
 
 def nodes() -> list[str]:

@@ -41,6 +41,21 @@ def test_who_sets_the_meeting_point_knows_better(monkeypatch: pytest.MonkeyPatch
     assert placed()[3:] == ("10.0.0.7", "4444")
 
 
+@pytest.mark.parametrize(
+    ("seen", "given", "local_rank"),
+    [("1", "2", "0"), ("GPU-5e1f", "8", "0"), ("0,1", "2", "1"), ("0", "1", "1"), ("", "2", "1"), (None, None, "1")],
+)
+def test_a_gpu_of_its_own_is_a_tasks_first(
+    seen: str | None, given: str | None, local_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --gpus-per-task=1, say. Two tasks that see the same GPU have none of their own."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in (TASK | {"CUDA_VISIBLE_DEVICES": seen, "SLURM_GPUS_ON_NODE": given}).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert placed()[:3] == ("9", "16", local_rank)
+
+
 @pytest.mark.parametrize("others", [{"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_STEP_NUM_TASKS": ""}])
 def test_a_shell_inside_a_job_is_no_rank(others: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """`srun --pty bash`, and the batch script, which has SLURM_PROCID but no step."""
