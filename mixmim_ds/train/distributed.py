@@ -111,8 +111,8 @@ def connect(timeout_s: int) -> World:
     if gpu:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(share_of_cores())
         keep_memory()
+    torch.set_num_threads(share_of_cores())  # beside GPUs for the optimizer that zero3_offload has on the host
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=device if gpu else None, **alone)
     control: Any = dist.new_group(backend="gloo", timeout=timeout)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from launching import numbers, rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
@@ -161,6 +162,29 @@ def test_without_a_rank_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         with connected(60) as world:
             assert (world.rank, world.size) == (0, 1)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_rank_computes_on_its_share_of_the_cores(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a GPU too; here it is made up."""
+
+    class Connecting(Exception):
+        pass
+
+    def begin(*arguments: object, **options: object) -> None:
+        raise Connecting
+
+    threads, share = torch.get_num_threads(), torch.get_num_threads() + 1
+    monkeypatch.setattr(distributed, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "share_of_cores", lambda: share)
+    monkeypatch.setattr(dist, "init_process_group", begin)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(Connecting):
+        connect(1)
+    assert torch.get_num_threads() == share
+    torch.set_num_threads(threads)
 
 
 def test_a_rank_without_a_gpu_says_so_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
