@@ -89,6 +89,7 @@ def connect(timeout_s: int) -> World:
 
     Raises:
         ValueError: a node has more processes than GPUs.
+        RunFailed: the port that the first rank is to be met at is taken.
     """
     adopt()
     alone: dict[str, Any] = {}
@@ -98,25 +99,40 @@ def connect(timeout_s: int) -> World:
     else:
         # A launcher that is killed would leave its ranks behind, training on unseen: they stop, saved, instead.
         die_with_parent(signal.SIGTERM)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    gpu = on_gpu()
-    if gpu and local_rank >= torch.cuda.device_count():
-        # The other ranks wait for this one and its like: the first of them tells.
-        kind = RankMistaken if local_rank == torch.cuda.device_count() else ValueError
-        raise kind(
-            f"more processes were started on {node()} than its {torch.cuda.device_count()} GPUs; "
-            "start one per GPU (deepspeed --num_gpus N, srun --ntasks-per-node=N)."
-        )
-    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    device = _own_device()
+    gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
     else:
         keep_memory()
     torch.set_num_threads(share_of_cores())  # beside GPUs for the optimizer that zero3_offload has on the host
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=device if gpu else None, **alone)
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout, device_id=device if gpu else None, **alone)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise RunFailed(
+            f"port {os.environ['MASTER_PORT']} of {node()} is taken, perhaps by another run; choose another one "
+            "(deepspeed --master_port N, torchrun --master-port N, MASTER_PORT=N srun)."
+        ) from error
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _own_device() -> torch.device:
+    """The GPU of this process, or the CPU. ValueError where there are fewer GPUs than processes."""
+    if not on_gpu():
+        return torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= torch.cuda.device_count():
+        # The other ranks wait for this one and its like: the first of them tells.
+        kind = RankMistaken if local_rank == torch.cuda.device_count() else ValueError
+        raise kind(
+            f"more processes were started on {node()} than its {torch.cuda.device_count()} GPUs; "
+            "start one per GPU (deepspeed --num_gpus N, srun --ntasks-per-node=N)."
+        )
+    return torch.device("cuda", local_rank)
 
 
 def share_of_cores() -> int:
@@ -141,7 +157,7 @@ def connected(timeout_s: int) -> Iterator[World]:
     """`connect`, and parting when all is done; after an error the process is still connected, and `end` is to end it.
 
     Raises:
-        ValueError: as `connect`.
+        ValueError, RunFailed: as `connect`.
     """
     yield connect(timeout_s)
     disconnect()

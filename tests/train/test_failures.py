@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,15 @@ def test_without_a_rank_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         with connected(60) as world:
             assert (world.rank, world.size) == (0, 1)
+
+
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (place | {"MASTER_PORT": str(other.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RunFailed, match=r"is taken, perhaps by another run; .* \(deepspeed --master_port"):
+            connect(1)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
