@@ -77,15 +77,11 @@ count_tasks() {
 }
 
 set_environment() {
-    local dumps
-    mkdir -p "$logs" "$run_dir/failures" || fail "run_dir=$run_dir cannot be written; choose another run_dir."
-    dumps=$(realpath "$run_dir/failures")/flight_recorder_
+    mkdir -p "$logs" || fail "run_dir=$run_dir cannot be written; choose another run_dir."
     export PYTHONUNBUFFERED=1             # the last words of a task that dies
     export PYTHONFAULTHANDLER=1           # ... and its stack, if a library crashes
     export OMP_NUM_THREADS=$cpus          # or every task starts a thread for each core of its node
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # says why NCCL fails; INFO also tells which network it has found
-    # Every rank's last collectives, written where one of them times out. SLURM.md reads them.
-    export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$dumps
     # Compiled kernels on the node's own disk: in a shared home the ranks would wait for each other's locks.
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}
 }

@@ -1,8 +1,9 @@
-"""What a run writes down of steps that went wrong."""
+"""What a run writes down of steps that went wrong, or never ended."""
 
 import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,18 @@ from mixmim_ds.config import RunConfig
 from mixmim_ds.train.distributed import RunFailed, World, gather, on_first_rank
 
 log = logging.getLogger("mixmim_ds")
+
+
+def record_flights(config: RunConfig) -> None:
+    """Lets every rank write its last collectives to failures/flight_recorder_RANK where one of them times out on GPUs.
+
+    PyTorch reads these variables when the processes meet, and wants the folder by the time it writes:
+    `open_run_folder` makes it.
+    """
+    dumps = Path(config.run_dir).absolute() / "failures" / "flight_recorder_"
+    names = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": str(dumps)}
+    for name, value in names.items():
+        os.environ.setdefault(name, value)
 
 
 class BadSteps:

@@ -31,7 +31,7 @@ from mixmim_ds.train.distributed import RankFailed, RunFailed, World, connected,
 from mixmim_ds.train.engine import Trained, engine_config
 from mixmim_ds.train.finetune import RANDOM
 from mixmim_ds.train.run_folder import check_run_folder, facts_of
-from mixmim_ds.train.slurm import PORTS, node, nodes
+from mixmim_ds.train.slurm import PORTS, leave_out, node, nodes, places
 
 BUSY = 0.1  # of a GPU's memory; drivers and idle daemons take less
 CLOCKS_S = 5.0  # tokens, build tools and the reader of the logs get confused beyond that; NTP keeps milliseconds
@@ -225,12 +225,12 @@ def _collect(store: dist.Store, size: int, wait_s: int) -> list[Finding]:
         store.wait(keys, timedelta(seconds=wait_s))
     except RuntimeError:
         silent = [f"no answer within {wait_s} s"]
-        names, per_node = nodes(), max(1, size // len(nodes()))
+        names = places()
+        if len(names) != size:  # another launcher knows where, and says nothing
+            names = [f"of rank {rank}" for rank in range(size)]
         return [
-            Finding(**json.loads(store.get(key)))
-            if store.check([key])
-            else Finding(names[rank // per_node], [], silent)
-            for rank, key in enumerate(keys)
+            Finding(**json.loads(store.get(key))) if store.check([key]) else Finding(name, [], silent)
+            for name, key in zip(names, keys, strict=True)
         ]
     return [Finding(**json.loads(store.get(key))) for key in keys]
 
@@ -251,27 +251,27 @@ def _judge(findings: list[Finding]) -> str:
     if not bad:
         return ""
     told = ". ".join(f"Node {name} is not fit: {said}" for name, said in bad.items())
-    return f"{told}. Mend that, or leave the node out: sbatch --exclude={','.join(bad)}."
+    return f"{told}. Mend that{leave_out(bad)}."
 
 
 def _meet(wait_s: int) -> None:
     """Clocks and interconnect, with all ranks together."""
-    with connected(wait_s) as world:
-        try:
+    try:
+        with connected(wait_s) as world:
             _compare_clocks(world)
             seconds = _time_all_reduce(world)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise RankFailed(
-                f"the interconnect does not answer: an all-reduce failed on {node()} ({reason})."
-            ) from error
-        if world.first and world.size > 1:
-            moved = 2 * (world.size - 1) / world.size * PAYLOAD
-            print(
-                f"healthcheck: {world.size} ranks on {', '.join(nodes())}; an all-reduce of {PAYLOAD >> 20} MiB takes "
-                f"{seconds * 1e3:.1f} ms, {moved / seconds / 1e9:.2f} GB/s a rank",
-                flush=True,
-            )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RankFailed(
+            f"the interconnect does not answer: {node()} cannot reach the others, or an all-reduce failed ({reason})."
+        ) from error
+    if world.first and world.size > 1:
+        moved = 2 * (world.size - 1) / world.size * PAYLOAD
+        print(
+            f"healthcheck: {world.size} ranks on {', '.join(nodes())}; an all-reduce of {PAYLOAD >> 20} MiB takes "
+            f"{seconds * 1e3:.1f} ms, {moved / seconds / 1e9:.2f} GB/s a rank",
+            flush=True,
+        )
 
 
 def _compare_clocks(world: World) -> None:
@@ -281,9 +281,7 @@ def _compare_clocks(world: World) -> None:
     astray = {name: clock - middle for clock, name in clocks if abs(clock - middle) > CLOCKS_S}
     if astray:
         told = ", ".join(f"{name} by {seconds:+.0f} s" for name, seconds in astray.items())
-        raise RunFailed(
-            f"clocks differ: {told}. Set them (NTP), or leave the node out: sbatch --exclude={','.join(astray)}."
-        )
+        raise RunFailed(f"clocks differ: {told}. Set them (NTP){leave_out(astray)}.")
 
 
 def _time_all_reduce(world: World) -> float:

@@ -37,7 +37,7 @@ from mixmim_ds.train.distributed import (
     shorten_timeout,
 )
 from mixmim_ds.train.engine import Trained, accumulation, set_lr
-from mixmim_ds.train.failures import BadSteps
+from mixmim_ds.train.failures import BadSteps, record_flights
 from mixmim_ds.train.metrics import Metrics
 from mixmim_ds.train.optim import ScaleOf, Schedule, all_alike
 from mixmim_ds.train.profiling import Profiler
@@ -103,6 +103,7 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
     # Imported modules are never garbage, but each full collection scans them for 0.3 s: ten while DeepSpeed starts,
     # then one whenever the run reports.
     gc.freeze()
+    record_flights(config)
     try:
         with connected(config.train.start_timeout_s) as world:
             stop = StopRequest(world)

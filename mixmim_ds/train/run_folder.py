@@ -195,6 +195,7 @@ def _take(config: RunConfig, joined: dict[str, Any], facts: dict[str, Any], host
         if config.resume == "weights" and (difference_to(config, facts) or _half_aside(folder)):
             _set_aside(folder)
         check_run_folder(config, facts)  # the run that had the lock until now may have been the first here
+        (folder / "failures").mkdir(exist_ok=True)  # PyTorch's flight recorder makes none
         options = asdict(config)
         options["data"] |= facts
         _write_files(folder, options, joined, hosts)

@@ -4,6 +4,7 @@ import itertools
 import os
 import platform
 import re
+from collections.abc import Iterable
 
 PORTS = 10_000  # of a job's rendezvous, from 10,000 on: below the ports that Linux gives to outgoing connections
 
@@ -35,6 +36,20 @@ def _has_own_gpu() -> bool:
 def nodes() -> list[str]:
     """The nodes of this step in the order of their ranks; this machine alone without SLURM."""
     return expand(os.environ.get("SLURM_STEP_NODELIST", platform.node()))
+
+
+def places() -> list[str]:
+    """The node of each rank of this step; none where srun has not started the ranks."""
+    told = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # "8(x2),4"
+    tasks = [int(count) for count, times in told for _ in range(int(times or 1))]
+    return [name for name, count in zip(nodes(), tasks, strict=False) for _ in range(count)]
+
+
+def leave_out(names: Iterable[str]) -> str:
+    """How a job does without some nodes, to follow other advice; nothing where they are not SLURM's."""
+    names = list(names)
+    ours = set(names) <= set(expand(os.environ.get("SLURM_JOB_NODELIST", "")))
+    return f", or leave the node out: sbatch --exclude={','.join(names)}" if ours else ""
 
 
 def node() -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from launching import numbers, rows, tasks
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
 from mixmim_ds.compose import load_config
 from mixmim_ds.report.story import read_story
-from mixmim_ds.train import distributed
-from mixmim_ds.train.distributed import RunFailed, connect, connected, on_every_rank, on_first_rank, tell
+from mixmim_ds.train import distributed, loop
+from mixmim_ds.train.distributed import RunFailed, World, connect, connected, on_every_rank, on_first_rank, tell
 from mixmim_ds.train.failures import BadSteps
+from mixmim_ds.train.pretrain import pretrain
 from mixmim_ds.zero_files import Scattered, read_saved
 
 pytestmark = pytest.mark.slow
@@ -90,6 +92,24 @@ def test_what_is_not_finite_is_not_saved(small_run: list[str], tmp_path: Path) -
     assert newest_complete(folder) is None
 
 
+def test_pytorch_learns_where_to_dump_before_it_connects_and_nothing_is_written_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connected_so_far(timeout_s: int) -> AbstractContextManager[World]:
+        raise RunFailed(os.environ["TORCH_FR_DUMP_TEMP_FILE"])
+
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "9")
+    monkeypatch.setattr(loop, "connected", connected_so_far)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFailed, match=f"^{tmp_path}/run/failures/flight_recorder_$"):
+        pretrain(load_config(["data=synthetic", "run_dir=run"]))
+    assert (os.environ["TORCH_FR_BUFFER_SIZE"], os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == ("9", "1")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_error_of_a_library_is_shown_whole_by_any_rank(
     small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +120,7 @@ def test_an_error_of_a_library_is_shown_whole_by_any_rank(
     kept = (tmp_path / "train.log").read_text()
     assert "error of rank 1: training met an error that it should not" in kept
     assert "ValueError: this rank alone knows" in kept and "error: rank 0 waited in vain" in kept
+    assert (tmp_path / "failures").is_dir(), "where the flight recorder of a rank that waits on a GPU writes"
 
 
 @pytest.mark.parametrize("what", ["images", "checkpoint"])

@@ -76,13 +76,16 @@ def test_gpus_that_slurm_gave_must_be_there(config: PretrainConfig, monkeypatch:
     assert not look(marked(config)).faults
 
 
-def test_the_node_that_differs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_node_that_differs_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [Finding(f"n{rank // 2}", list(USUAL)) for rank in range(8)]
     assert _judge(findings) == ""
     assert capsys.readouterr().out.splitlines()[0] == f"healthcheck n0: 2 ranks, {', '.join(USUAL)}"
     findings[5].facts[0] = "NVIDIA A100-SXM4-80GB"
     findings[6].faults += ["GPU 0 is in use"]
     findings[7].faults += ["GPU 0 is in use"]
+    said = _judge(findings)
+    assert said.endswith(". Mend that."), "without SLURM"
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[0-3]")
     said = _judge(findings)
     assert "Node n2 is not fit: it has NVIDIA A100" in said and said.count("GPU 0 is in use") == 1
     assert said.endswith("sbatch --exclude=n2,n3.")
@@ -93,6 +96,7 @@ def test_a_node_whose_clock_is_astray_is_named(monkeypatch: pytest.MonkeyPatch) 
     clocks = [(1000.0, "n1"), (1000.5, "n2"), (1000.5 + 3600, "n3")]
     monkeypatch.setattr(health, "gather", lambda world, mine: clocks)
     monkeypatch.setattr(health.dist, "barrier", lambda group: None)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
     world = World(0, 3, torch.device("cpu"), None)
     with pytest.raises(RunFailed, match=r"n3 by \+3600 s\. Set them \(NTP\), .*--exclude=n3\.$"):
         health._compare_clocks(world)
@@ -104,11 +108,40 @@ def test_the_checks_port_is_one_that_exists() -> None:
     assert [health._port(given) for given in (0, 29_500, 55_535, 60_000)] == [0, 39_500, 65_535, 50_000]
 
 
+def test_nodes_that_cannot_meet_are_one_sentence(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    done = typed("launch/healthcheck.py", *small_run, f"run_dir={tmp_path / 'run'}")
+    assert "error: the interconnect does not answer" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1
+
+
 def test_a_silent_node_is_named(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four ranks on two nodes only the first answers."""
     config.train.global_batch = 32
     place = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_STEP_NODELIST": "n[1-2]"}
+    place |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
     for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port() - health.PORTS)}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunFailed, match="Node n2 is not fit: no answer within 1 s"):
+    with pytest.raises(RunFailed, match="Node n2 is not fit: no answer within 1 s") as raised:
         healthcheck(config, wait_s=1)
+    assert "--exclude" not in str(raised.value), "sbatch has not started these"
+
+
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1,2(x1),1"}, ["n1", "n2", "n2", "n3"]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}, ["of rank 0", "of rank 1", "of rank 2", "of rank 3"]),
+        ({}, ["of rank 0", "of rank 1", "of rank 2", "of rank 3"]),
+    ],
+    ids=["srun", "torchrun below srun", "neither"],
+)
+def test_silent_ranks_lie_where_slurm_says_or_nobody_knows(
+    step: dict[str, str], named: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_STEP_TASKS_PER_NODE", raising=False)
+    for name, value in ({"SLURM_STEP_NODELIST": "n[1-3]"} | step).items():
+        monkeypatch.setenv(name, value)
+    assert [finding.node for finding in health._collect(torch.distributed.HashStore(), 4, 1)] == named
