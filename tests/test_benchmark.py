@@ -13,6 +13,7 @@ from launching import tasks
 from torch.autograd import DeviceType
 
 from mixmim_ds.benchmark import train
+from mixmim_ds.benchmark.disk import scratch
 from mixmim_ds.benchmark.largest import largest_even, largest_micro_batch, with_micro_batch
 from mixmim_ds.benchmark.plain import PlainMixMIM
 from mixmim_ds.benchmark.profile import table
@@ -64,6 +65,14 @@ def test_attention_times_every_way_of_every_stage() -> None:
     assert len(found["layers_s"]) == 4
     for layer in found["layers_s"]:
         assert layer.keys() == {"plain", "masked pairs", "sequences", "linears"} and min(layer.values()) > 0
+
+
+def test_a_folder_to_measure_is_named_as_a_shell_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for word in ("run_dir=.", "run_dir=~"):
+        with scratch([word]) as name:
+            assert Path(name).is_absolute() and Path(name).parent == tmp_path
 
 
 def test_train_says_where_the_time_goes() -> None:

@@ -65,7 +65,9 @@ def _call(*words: str) -> dict[str, float]:
     (getrusage(2)). So the run is made in a process of its own too.
     """
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / words[0]), *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert process.stdout is not None
     printed = process.stdout.read().decode(errors="replace")
     _, status, usage = os.wait4(process.pid, 0)  # the usage of this process alone, not of all that have ended

@@ -1,6 +1,7 @@
 """The command line of a run."""
 
 import argparse
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from typing import TypeVar
 from omegaconf import OmegaConf
 
 from mixmim_ds.config import RunConfig
-from mixmim_ds.train.distributed import RunFailed, end, tell
+from mixmim_ds.train.distributed import RunFailed, end, rank_before_connecting, tell
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -42,6 +43,12 @@ def command(words: str | None, load: Callable[[list[str]], C], story: Callable[[
         return story(config)
     except (ValueError, RunFailed) as error:
         return end(tell(error))
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        # A job's log shows the ranks' lines that begin so (launch/common.sh).
+        first = str(error).partition("\n")[0]
+        print(f"error: rank {rank_before_connecting()}: {type(error).__name__}: {first}", file=sys.stderr)
         return end(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return end(130)  # as shells say it of SIGINT

@@ -212,10 +212,10 @@ def _run_folder(config: Config) -> str:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Weights in the working precision, fp32 masters, two moments, and perhaps the average."""
+    """Masters, two moments and perhaps the average, in fp32."""
     average = 4 if isinstance(config, FinetuneConfig) and config.optim.ema_decay else 0
     parameters = sum(parameter.numel() for parameter in _model_on_meta(config).parameters())
-    return (12 + average + (4 if config.precision == "fp32" else 2)) * parameters
+    return (12 + average) * parameters
 
 
 def _collect(store: dist.Store, size: int, wait_s: int) -> list[Finding]:
