@@ -19,6 +19,7 @@ from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.pack import pack
 from mixmim_ds.data.s3 import StorageDown, is_s3, refusal
 from mixmim_ds.data.s3_folder import S3Index, open_folder
+from mixmim_ds.data.scan import SUFFIXES
 from mixmim_ds.data.storage import place_of
 from mixmim_ds.data.verify import KINDS, verify
 
@@ -30,6 +31,8 @@ def describe(index: Index | S3Index, place: Path) -> str:
     order = np.argsort(index.sizes.prod(1, dtype=np.int64))
     smallest, largest = (f"{width} x {height}" for height, width in index.sizes[order[[0, -1]]].tolist())
     left_out = f"; {len(index.broken):,} files without a readable header are left out" if index.broken else ""
+    if index.others:
+        left_out += f"; {index.others:,} other files are no {', '.join(SUFFIXES)}"
     return (
         f"images       {len(index):,}{left_out}\n"
         f"classes      {len(index.classes):,}\n"

@@ -30,6 +30,7 @@ class Folder:
     classes: list[str]  # sorted names of the top-level folders that hold images
     fingerprint: str  # sha256 of paths, sizes in pixels and sizes in bytes; a copy elsewhere has the same one
     broken: list[tuple[str, str]]  # files with an image's extension and no readable header, and why; not in paths
+    others: int  # files of other kinds
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -103,6 +104,7 @@ def fields_of(stored: Stored) -> dict[str, Any]:
         "classes": meta["classes"],
         "fingerprint": meta["fingerprint"],
         "broken": [(name, reason) for name, reason in meta["broken"]],
+        "others": meta.get("others", 0),  # older indices did not keep it
     }
 
 
@@ -148,7 +150,8 @@ def describe(root: str, images: np.ndarray, others: int, measured: np.ndarray, b
     labels, classes = _classes(names)
     arrays = {"paths": paths, "sizes": measured[:, :2].astype(np.int32), "labels": labels}
     fingerprint = _fingerprint(paths, measured)
-    return Stored(arrays, {"root": root, "fingerprint": fingerprint, "classes": classes, "broken": broken})
+    told = {"classes": classes, "broken": broken, "others": others}
+    return Stored(arrays, {"root": root, "fingerprint": fingerprint} | told)
 
 
 def _table(names: np.ndarray) -> np.ndarray:

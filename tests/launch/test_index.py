@@ -49,9 +49,11 @@ def png(width: int, height: int, depth: int) -> bytes:
 
 def test_it_tells_what_the_folder_holds(look: Callable, copy: Path, tmp_path: Path) -> None:
     (copy / "rocket" / "text.jpg").write_text("no picture")
+    (copy / "rocket" / "scan.tif").write_bytes(b"II*")  # beside the photographs' own note of what they are
     lines = dict(line.split(maxsplit=1) for line in look(copy).stdout.splitlines())
     index = open_index(copy, tmp_path / "index")
-    assert lines["images"] == "300; 1 files without a readable header are left out"
+    left_out = "1 files without a readable header are left out; 2 other files are no .bmp, .jpeg, .jpg, .png, .webp"
+    assert lines["images"] == f"300; {left_out}"
     assert lines["classes"] == "13" and lines["fingerprint"] == index.fingerprint
     assert lines["sizes"].endswith(f"median of the shorter side {sorted(index.sizes.min(1))[150]:.0f}")
     assert (Path(lines["index"]) / "meta.json").is_file() and [Path(lines["index"])] == list(tmp_path.glob("index/*"))
