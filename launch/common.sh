@@ -141,7 +141,13 @@ train() {
     shown=$!
     await
     wait "$shown"
-    ((code == 0 || code == EXIT_REQUEUE)) || grep -hs '^error: ' "$logs"/rank_[1-9]*.log | sort -u | head -n 3
+    ((code == 0 || code == EXIT_REQUEUE)) || errors | head -n 3
+}
+
+# Those of the ranks but the first, causes before what followed from them.
+errors() {
+    grep -hs '^error: ' "$logs"/rank_[1-9]*.log | sort -u |
+        awk '/ waited in vain / { followed = followed $0 "\n"; next } { print } END { printf "%s", followed }'
 }
 
 # Finished and mistaken jobs end here; all others go on later, unless that has been tried too often.

@@ -19,6 +19,7 @@ def command(words: str | None, load: Callable[[list[str]], C], story: Callable[[
     """Reads the command line and runs; returns the exit code.
 
     A user's mistake ends in one line of rank 0 and exit code 2, a run that cannot go on in one line and exit code 1.
+    Any other error is shown whole, with a last line that tells it from those of other ranks.
 
     Args:
         words: what the script is, for --help.
@@ -45,9 +46,8 @@ def command(words: str | None, load: Callable[[list[str]], C], story: Callable[[
         return end(tell(error))
     except Exception as error:
         traceback.print_exc()
-        # A job's log shows the ranks' lines that begin so (launch/common.sh).
-        first = str(error).partition("\n")[0]
-        print(f"error: rank {rank_before_connecting()}: {type(error).__name__}: {first}", file=sys.stderr)
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"error: rank {rank_before_connecting()}: {reason}", file=sys.stderr)
         return end(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -72,3 +72,15 @@ def test_the_meeting_point_is_that_of_the_environments_script_not_of_the_shell_t
     command = ["bash", "-c", MEETING, "job", tmp_path / "run"]
     found = subprocess.run(command, cwd=ROOT, env=names, capture_output=True, text=True, check=True)
     assert found.stdout == "none none 4444\n"
+
+
+def test_of_many_ranks_errors_the_cause_is_shown_first(tmp_path: Path) -> None:
+    cause = "error: rank 5: KeyError: 'x'"
+    for rank in range(1, 9):
+        told = cause if rank == 5 else f"error: rank {rank} waited in vain for another one"
+        (tmp_path / f"rank_{rank}.log").write_text(f"step 1\n{told}\n")
+    training = "source launch/common.sh; start() { false & running=$!; }; logs=$1 prefix=(); train launch/pretrain.py"
+    command = ["bash", "-c", training, "job", tmp_path]
+    found = subprocess.run(command, cwd=ROOT, env=os.environ | JOB, capture_output=True, text=True)
+    lines = found.stdout.splitlines()
+    assert len(lines) == 3 and lines[0] == cause and "rank 1 waited" in lines[1]
