@@ -21,7 +21,7 @@ from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.data.shards import Images
 from mixmim_ds.evaluate.pictures import Picture
 from mixmim_ds.train import checkpoint
-from mixmim_ds.train.bad_images import BadImages
+from mixmim_ds.train.bad_images import BadImages, tell_unreadable
 from mixmim_ds.train.distributed import (
     EXIT_REQUEUE,
     AgreedMistake,
@@ -161,11 +161,8 @@ def _begin(task: Task, world: World) -> Run:
         task.encoder, f"{len(plan.sizes):,}", train.micro_batch, world.size, turns, train.global_batch,
         f"{last:,}", f"{schedule.steps_per_epoch:,}", schedule.peak, config.ds, config.precision,
     )  # fmt: skip
-    if task.index is not None and task.index.broken:
-        count, (name, reason) = len(task.index.broken), task.index.broken[0]
-        log.warning(
-            "%s files of data.root are no readable images and left out, first %s (%s)", f"{count:,}", name, reason
-        )
+    if task.index is not None:
+        tell_unreadable(config.data, task.index)
     if config.optim.warmup_epochs >= train.epochs:
         log.warning("all %s epochs are warm-up: optim.warmup_epochs=%s", train.epochs, config.optim.warmup_epochs)
     flops = task.model.flops_per_image()  # before ZeRO-3 takes the weights apart

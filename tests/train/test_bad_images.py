@@ -88,6 +88,23 @@ def test_more_than_the_share_ends_the_run_in_one_line(options: list[str], index:
     assert rows(tmp_path / "run")[-1]["bad_images"] == 3, "three are not more than 0.01 of 300"
 
 
+def test_files_unreadable_when_indexed_count_for_the_share(options: list[str], index: Index, tmp_path: Path) -> None:
+    """Two of them, left out before training, and one that is met in it."""
+    for i in (8, 9):
+        index.path(i).rename(index.path(i).with_suffix(".gone"))
+        index.path(i).write_text("text")
+    options = [*options, f"run_dir={tmp_path / 'run'}", "train.max_steps=1"]
+    first = f"first {index.name(8)} (neither JPEG, PNG, WebP nor BMP)"
+    error = error_of(tasks(*options, "data.max_bad_share=0.006", processes=1, code=1))
+    assert f"2 of 300 images are broken, more than data.max_bad_share=0.006 allows, {first}: repair" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    again = open_index(index.root, tmp_path / "index")
+    break_files(again, order_at(0, 0, range(32), 298)[[3]])
+    printed = tasks(*options, "data.max_bad_share=0.007", processes=1, code=1)
+    assert f"2 files of data.root are no readable images and left out, {first}" in printed
+    assert "3 of 300 images are broken" in error_of(printed) and len(told(tmp_path / "run")) == 1
+
+
 def test_where_no_file_can_be_read_the_run_ends_in_one_line(options: list[str], index: Index, tmp_path: Path) -> None:
     for i in range(300):
         index.path(i).write_bytes(b"")
