@@ -13,13 +13,13 @@ from typing import Any
 import torch.distributed
 
 from mixmim_ds.compose import load_config
-from mixmim_ds.train import checkpoint, loop, pretrain
+from mixmim_ds.train import checkpoint, images, loop, pretrain
 from mixmim_ds.train.command import command
 
 MISTAKEN = os.environ["MISTAKEN"]
 MODULE, NAME = {
-    "images": (pretrain, "open_images"),
-    "others": (pretrain, "open_images"),
+    "images": (images, "open_images"),
+    "others": (images, "open_images"),
     "checkpoint": (checkpoint, "read_saved"),
     "training": (loop, "set_lr"),
 }[MISTAKEN]

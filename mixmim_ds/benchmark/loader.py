@@ -26,7 +26,7 @@ from mixmim_ds.data.loader import Share, open_loader
 from mixmim_ds.data.shards import Images
 from mixmim_ds.train.distributed import World, connected, share_of_cores
 from mixmim_ds.train.engine import accumulation
-from mixmim_ds.train.pretrain import find_images
+from mixmim_ds.train.images import find_images
 
 Tensors = Generator[Tensor, None, None]
 

@@ -23,8 +23,8 @@ from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train.distributed import RunFailed, World, connected, end, share_of_cores
 from mixmim_ds.train.engine import accumulation
+from mixmim_ds.train.images import find_images
 from mixmim_ds.train.metrics import memory_gib, peak_flops
-from mixmim_ds.train.pretrain import find_images
 
 STEPS = {"cuda": 5, "cpu": 1}  # of a repeat: on a GPU the host runs ahead, which a single step would not show
 OUT_OF_MEMORY = 3  # exit code of a trial

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixmim_ds.checkpoints import steps_of
 from mixmim_ds.data.augment import RandAugmentPool
 from mixmim_ds.data.central import CentralBatches, tell_left_out
-from mixmim_ds.data.labelled import Labelled, open_labelled
+from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.labelled_loader import LabelledBatch, LabelledLoader
 from mixmim_ds.data.loader import Normalise, Share
 from mixmim_ds.data.recover import DataFailed
@@ -35,10 +35,11 @@ from mixmim_ds.train.distributed import (
     share_of_cores,
 )
 from mixmim_ds.train.engine import accumulation
+from mixmim_ds.train.images import find_labelled
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.optim import layer_scale
 from mixmim_ds.train.restore import load_weights
-from mixmim_ds.train.run_folder import check_same_images, facts_of
+from mixmim_ds.train.run_folder import facts_of
 from mixmim_ds.train.run_log import log_failure
 from mixmim_ds.zero_files import read_saved
 
@@ -71,7 +72,7 @@ def evaluate(config: FinetuneConfig) -> int:
         RankFailed: the images cannot be read any more.
     """
     with connected(config.train.start_timeout_s) as world:
-        train, val = find_labelled(config, world)
+        train, val = find_labelled(config.data, world)
         encoder = made_once(world, lambda: load_encoder(config.init, config.train.seed, "init", head=True))
         if not tells(encoder, train.classes):
             raise ValueError(
@@ -95,14 +96,6 @@ def tells(encoder: MixMIMTransformer, classes: list[str]) -> bool:
     return encoder.num_classes == len(classes) and list(names) == classes
 
 
-def find_labelled(config: FinetuneConfig, world: World) -> tuple[Labelled, Labelled]:
-    """The images to learn from and to judge by; the first rank makes the indices if need be. ValueError if other ranks
-    find other images."""
-    train, val = made_once(world, lambda: open_labelled(config.data))
-    check_same_images(world, facts_of(train) | {"judged by": facts_of(val)}, f"data.root={config.data.root}")
-    return train, val
-
-
 def _open_pool(config: FinetuneConfig) -> RandAugmentPool | None:
     words = config.augment.rand_augment
     if words is None:
@@ -112,7 +105,7 @@ def _open_pool(config: FinetuneConfig) -> RandAugmentPool | None:
 
 def _prepare(config: FinetuneConfig, world: World, pool: RandAugmentPool | None) -> Task:
     share = Share(world.rank, world.size, accumulation(config, world.size))
-    train, val = find_labelled(config, world)
+    train, val = find_labelled(config.data, world)
     torch.manual_seed(config.train.seed)
     options = config.model
     model = Classifier(options.encoder, options.img_size, len(train.classes), options.drop_path)

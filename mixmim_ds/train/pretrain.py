@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixmim_ds.config import DataConfig, PretrainConfig
+from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.central import tell_left_out
-from mixmim_ds.data.labelled import Labelled, open_labelled
+from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.loader import MicroBatch, Share, open_loader
-from mixmim_ds.data.shards import Images, open_images
 from mixmim_ds.evaluate.features import Vectors, View, extract
 from mixmim_ds.evaluate.pictures import COLUMNS, Picture, draw
 from mixmim_ds.evaluate.probe import accuracy_of_votes, nearest, nearest_of
@@ -20,9 +19,10 @@ from mixmim_ds.finetune_config import LabelledDataConfig
 from mixmim_ds.models import build_model
 from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_every_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation
+from mixmim_ds.train.images import find_images, find_labelled
 from mixmim_ds.train.loop import Judge, Task, conduct
 from mixmim_ds.train.restore import load_weights
-from mixmim_ds.train.run_folder import check_same_images, facts_of
+from mixmim_ds.train.run_folder import facts_of
 from mixmim_ds.zero_files import read_saved
 
 
@@ -59,8 +59,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
         ValueError: `probe.data` holds no labelled images.
     """
     data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir)
-    learn, judge_by = made_once(world, lambda: open_labelled(data, "probe.data"))
-    check_same_images(world, facts_of(learn) | {"judged by": facts_of(judge_by)}, f"probe.data={config.probe.data}")
+    learn, judge_by = find_labelled(data, world, "probe.data")
     encoder = build_model(config.model).encoder
     encoder.pretrained_cfg |= {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
     batch, threads = config.train.micro_batch, config.data.threads or share_of_cores()
@@ -87,11 +86,3 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
         return {"knn": accuracy_of_votes(*nearest_of(parts), torch.cat([each.labels for each in asked]))}
 
     return scores
-
-
-def find_images(data: DataConfig, world: World) -> Images | None:
-    """The index of the images, made by the first rank if need be and memory-mapped by the others after it. ValueError
-    if they find other images than the first one."""
-    index = made_once(world, lambda: open_images(data, progress=world.first))
-    check_same_images(world, facts_of(index), f"data.root={data.root}")
-    return index

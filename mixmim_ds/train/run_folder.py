@@ -23,10 +23,9 @@ from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.shards import Images
 from mixmim_ds.device import on_gpu
 from mixmim_ds.json_lines import read_rows
-from mixmim_ds.train.distributed import AgreedMistake, World, gather, on_first_rank
+from mixmim_ds.train.distributed import World, gather, on_first_rank
 from mixmim_ds.train.engine import engine_config
 from mixmim_ds.train.run_log import open_log
-from mixmim_ds.train.slurm import node
 from mixmim_ds.version import __version__
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "hydra-core", "numpy", "tensorboard")
@@ -43,25 +42,6 @@ def facts_of(data: Images | Labelled | None) -> dict[str, Any]:
     if isinstance(data, Labelled):
         return {"fingerprint": data.images.fingerprint, "labels": data.digest, "classes": data.classes}
     return {"fingerprint": "synthetic" if data is None else data.fingerprint}
-
-
-def check_same_images(world: World, facts: dict[str, Any], option: str) -> None:
-    """Refuses to train where nodes have other images under the same name: an unfinished copy, or an old one.
-
-    Args:
-        facts: of this rank's data, as by `facts_of`.
-        option: the option that names them, with its value.
-
-    Raises:
-        ValueError: a rank has found others than the first one.
-    """
-    found = gather(world, (node(), facts))
-    for rank, (name, there) in enumerate(found):
-        if there != found[0][1]:
-            raise AgreedMistake(
-                f"{option} holds other images for rank {rank} on {name} than for rank 0 on {found[0][0]}; make the "
-                "copies of all nodes alike."
-            )
 
 
 def check_run_folder(config: RunConfig, facts: dict[str, Any]) -> None:

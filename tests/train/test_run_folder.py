@@ -87,6 +87,7 @@ def test_a_report_that_looks_at_a_folder_keeps_no_run_out(tmp_path: Path) -> Non
         letting_go.start()
         run_folder._lock(tmp_path).close()
         letting_go.join()
+    assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text(), "it is the run's now"
 
 
 def test_a_machine_without_git_trains(monkeypatch: pytest.MonkeyPatch) -> None:
