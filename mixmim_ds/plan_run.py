@@ -202,10 +202,11 @@ class Memory:
                     row = self.row(ds, mode, size, candidates)
                     if row.total <= self.words.budget:
                         return self.row(ds, mode, row.largest, candidates)
+        remedy = "; compile=false allows ds=zero3." if self.config.compile else "."
         raise ValueError(
             f"nothing fits into gpu={self.words.gpu} with {HEADROOM:.0%} to spare, not even {candidates[-1]} images "
             f"under ds={self.stages[-1]} and activation_checkpointing=full; take more nodes, another gpu, or a smaller "
-            "model."
+            f"model{remedy}"
         )
 
 

@@ -127,7 +127,7 @@ def test_what_a_run_refuses_is_not_planned() -> None:
     done = plan(*parse(["model=tiny", "compile=true", "ds=zero3"]))
     assert "activation_checkpointing=none: compile=true does not go with ZeRO-3" in done.note
     assert {row.ds for row in done.rows} == {"zero1", "zero2"}
-    with pytest.raises(ValueError, match="not even 2 images under ds=zero2 and activation_checkpointing=full"):
+    with pytest.raises(ValueError, match="not even 2 images under ds=zero2 and act.*; compile=false allows ds=zero3"):
         plan(*parse(["model=tiny", "compile=true", "gpu=a100_40", "model.img_size=28672"]))
 
 
@@ -178,7 +178,7 @@ def test_the_command_as_typed() -> None:
     assert "1500 img/s (given as measured)" in printed and "mfu" not in printed.splitlines()[-2]
     found = json.loads(printed.splitlines()[-1])
     assert found["config"]["train"]["micro_batch"] == 128 and found["chosen"]["ds"] == "zero1"
-    assert found["steps"] == 600 * (1_281_167 // 2048) and len(found["rows"]) == 9
+    assert found["steps"] == 600 * (1_281_167 // 2048) and {row["ds"] for row in found["rows"]} == {"zero1", "zero2"}
     assert found["run_s"] == pytest.approx(
         found["steps"] * (128 / 1500 + found["step"]["waiting_s"]) + found["saves"] * found["checkpoint_s"]
     )

@@ -56,7 +56,9 @@ def zero_stage(config: RunConfig) -> int:
 def check_compile(config: RunConfig) -> None:
     """ValueError if the options ask to compile under ZeRO-3."""
     if zero_stage(config) == 3 and config.compile:
-        raise ValueError("compile=true does not go with ZeRO-3, whose hooks break every graph; use ds=zero1 or zero2.")
+        raise ValueError(
+            "compile=true does not go with ZeRO-3, whose hooks break all graphs; use ds=zero1, zero2 or compile=false."
+        )
 
 
 def ds_settings(config: RunConfig) -> dict[str, Any]:
