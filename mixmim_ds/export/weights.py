@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from mixmim_ds.checkpoints import BEST, Checkpoint, newest_complete, read_whole_checkpoint
+from mixmim_ds.checkpoints import BEST, MARKER, Checkpoint, newest_complete, read_whole_checkpoint
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.models import Classifier, MixMIM, build_model
 from mixmim_ds.zero_files import Scattered, read_saved
@@ -73,6 +73,11 @@ def _find(source: Path) -> Checkpoint:
     if not source.is_dir():
         raise ValueError(f"{source} is no folder; give a run folder or one of its checkpoints.")
     if not (source / "checkpoints").is_dir():
+        if not (source / MARKER).is_file():
+            raise ValueError(
+                f"{source} is neither a run folder, which has checkpoints/, nor a complete checkpoint, which has "
+                f"{MARKER}."
+            )
         return read_whole_checkpoint(source.resolve())
     best = source.resolve() / "checkpoints" / BEST
     if best.is_file() and (best.parent / best.read_text()).is_dir():  # it is not where damage set it aside

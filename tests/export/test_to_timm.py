@@ -212,7 +212,7 @@ def damage_no_config(own: Path) -> None:
     ("damage", "sentence"),
     [
         (damage_nothing_there, "is no folder"),
-        (damage_no_checkpoint, "is no complete checkpoint"),
+        (damage_no_checkpoint, "is neither a run folder"),
         (damage_no_marker, "holds no complete checkpoint"),
         (damage_truncated, "holds no complete checkpoint"),
         (damage_zeros, "holds no complete checkpoint"),
