@@ -63,6 +63,7 @@ bench-gpu: setup
 	$(BIN)/python launch/photographs.py bench/large --count 4000 --size 320 400
 	$(BENCH) train model=base $(FAST) train.micro_batch=256 --against reference --profile > bench/gpu_against.log
 	$(BENCH) train model=base $(FAST) train.micro_batch=512 > bench/gpu_base.log
+	$(BENCH) train model=base compile=true train.micro_batch=128 > bench/gpu_recipe.log
 	$(BENCH) train model=base $(FAST) train.micro_batch=512 $(IMAGES) > bench/gpu_images.log
 	$(BENCH) train model=large $(FAST) train.micro_batch=256 > bench/gpu_large.log
 	$(BENCH) train model=huge $(FAST) train.micro_batch=128 > bench/gpu_huge.log
