@@ -33,17 +33,20 @@ class Labelled:
         return hashlib.sha256(json.dumps(self.classes).encode() + self.labels.numpy().tobytes()).hexdigest()
 
 
-def open_labelled(data: LabelledDataConfig, option: str = "data.root") -> tuple[Labelled, Labelled]:
+def open_labelled(
+    data: LabelledDataConfig, option: str = "data.root", progress: bool = True
+) -> tuple[Labelled, Labelled]:
     """The images to learn from and those to judge by.
 
     Args:
         option: what the user calls `data.root`.
+        progress: draw bars with rate and time left while looking through the images.
 
     Raises:
         ValueError: one is missing or has images without a label, there is one class only, or those of the second are
             not among those of the first.
     """
-    train, val = (_open(part, option) for part in parts_of(data))
+    train, val = (_open(part, option, progress) for part in parts_of(data))
     if len(train.classes) < 2:
         raise ValueError(f"{option}={data.root} holds one class to learn from, {train.classes[0]}; give at least two.")
     strange = sorted(set(val.classes) - set(train.classes))
@@ -63,9 +66,9 @@ def parts_of(data: LabelledDataConfig) -> tuple[LabelledDataConfig, LabelledData
     return replace(data, root=learn), replace(data, root=data.val or os.path.join(root, "val"))
 
 
-def _open(part: LabelledDataConfig, option: str) -> Images:
+def _open(part: LabelledDataConfig, option: str, progress: bool) -> Images:
     try:
-        images = open_images(part, progress=True)
+        images = open_images(part, progress)
     except ValueError as error:
         raise ValueError(str(error).replace("data.root=", f"{option}: ", 1)) from error
     assert images is not None

@@ -30,7 +30,7 @@ from mixmim_ds.models import Classifier, build_model
 from mixmim_ds.train.distributed import RankFailed, RunFailed, World, connected, gather, rank_before_connecting
 from mixmim_ds.train.engine import Trained, engine_config
 from mixmim_ds.train.finetune import RANDOM
-from mixmim_ds.train.run_folder import check_run_folder, facts_of
+from mixmim_ds.train.run_folder import check_run_folder, earlier_weights, facts_of
 from mixmim_ds.train.slurm import PORTS, leave_out, node, nodes, places
 
 BUSY = 0.1  # of a GPU's memory; drivers and idle daemons take less
@@ -108,14 +108,17 @@ def _told(store: dist.Store, rank: int, size: int, name: str, say: Callable[[], 
 
 def _mistake(config: Config, size: int) -> str:
     """What is wrong with the options as the first node sees it, and would be anywhere; empty if nothing is."""
+    if isinstance(config, FinetuneConfig) and config.eval_only:
+        return "eval_only=true starts no run, which the check is for; take it out."
     try:
         engine_config(config, size)
         _model_on_meta(config)
         _check_init(config)
-        images, facts = _open(config)
+        images, facts = _open(config, progress=True)
         if images:
             plan_of(config, images[0].sizes, (1, 1), 0.5)  # which wants images for a step
-        check_run_folder(config, facts)
+        if not earlier_weights(config, facts):
+            check_run_folder(config, facts)
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         _token(config).write_text(_signature())
     except ValueError as error:
@@ -139,12 +142,12 @@ def _check_init(config: Config) -> None:
         load_encoder(config.init, config.train.seed, "init", head=True)
 
 
-def _open(config: Config) -> tuple[list[Images], dict[str, Any]]:
+def _open(config: Config, progress: bool) -> tuple[list[Images], dict[str, Any]]:
     """The images to train on, if any, and those to judge by; the facts of the former."""
     if isinstance(config, FinetuneConfig):
-        train, val = open_labelled(config.data)
+        train, val = open_labelled(config.data, progress=progress)
         return [train.images, val.images], facts_of(train)
-    index = open_images(config.data, progress=True)
+    index = open_images(config.data, progress)
     return [] if index is None else [index], facts_of(index)
 
 
@@ -167,6 +170,8 @@ def look(config: Config) -> Finding:
             finding.faults.append(str(error).rstrip("."))
         except OSError as error:
             finding.faults.append(f"{error.filename or config.run_dir}: {error.strerror}")
+        except RuntimeError as error:  # CUDA's, of a GPU that is sick
+            finding.faults.append(str(error).partition("\n")[0].rstrip("."))
     return finding
 
 
@@ -188,7 +193,7 @@ def _gpu(config: Config) -> str:
 
 
 def _images(config: Config) -> str:
-    found, _ = _open(config)
+    found, _ = _open(config, progress=False)
     for images in found:
         with images.open(0) as file:
             if not file.read(1):

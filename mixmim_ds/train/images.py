@@ -21,7 +21,7 @@ def find_images(data: DataConfig, world: World) -> Images | None:
 
 def find_labelled(data: LabelledDataConfig, world: World, option: str = "data.root") -> tuple[Labelled, Labelled]:
     """The images to learn from and to judge by, as `open_labelled` has them; see `find_images`."""
-    train, val = made_once(world, lambda: open_labelled(data, option))
+    train, val = made_once(world, lambda: open_labelled(data, option, progress=world.first))
     _check_same(world, facts_of(train) | {"judged by": facts_of(val)}, f"{option}={data.root}")
     return train, val
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,34 @@ def test_what_is_wrong_with_an_option_is_no_fault_of_a_node(
     done = typed("launch/healthcheck.py", f"--of={of}", *small_run, f"run_dir={tmp_path / 'run'}", word)
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert sentence in error and done.returncode == 2 and not (tmp_path / "run").exists()
+
+
+def test_what_starts_no_run_is_not_checked(tmp_path: Path) -> None:
+    done = typed("launch/healthcheck.py", "--of=finetune", "eval_only=true", "init=random", f"data.root={tmp_path}")
+    assert done.returncode == 2 and "eval_only=true starts no run" in done.stderr
+
+
+def test_a_run_that_starts_anew_from_weights_is_checked_as_such(
+    stage_run: Callable[[str, str], Path], small_run: list[str], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(stage_run("zero1", "fp32"), tmp_path / "run"))
+    words = ["launch/healthcheck.py", *small_run, "precision=fp32", f"run_dir={run}"]
+    anew = "train.epochs=7"
+    refused = typed(*words, anew)
+    assert refused.returncode == 2 and "start anew from its weights with resume=weights" in refused.stderr
+    assert typed(*words, anew, "resume=weights").returncode == 0
+
+
+def test_a_gpu_that_is_sick_is_a_fault_of_its_node(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's error is imitated."""
+
+    def sick(number: int) -> None:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(health, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", sick)
+    assert look(marked(config)).faults == ["CUDA error: uncorrectable ECC error encountered"]
 
 
 def test_a_data_set_that_is_missing_on_a_node_is_a_fault(config: PretrainConfig) -> None:
