@@ -56,7 +56,7 @@ class ShardIndex:
 
     def open(self, i: int) -> IO[bytes]:
         """The content of image i; nothing if it cannot be read."""
-        return io.BytesIO(self.give(np.array([i]))[0].tobytes())
+        return io.BytesIO(self.reader.read_one(*self.spans[i].tolist()).tobytes())
 
     def give(self, ids: np.ndarray) -> list[np.ndarray]:
         """What the files of these images hold, uint8 [bytes] each; nothing of one that cannot be read."""

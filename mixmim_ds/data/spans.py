@@ -43,9 +43,10 @@ class SpanReader:
         Raises:
             StorageDown: S3 as a whole fails.
         """
-        return list(self._pool.map(self._read_one, *spans.T.tolist()))
+        return list(self._pool.map(self.read_one, *spans.T.tolist()))
 
-    def _read_one(self, file: int, offset: int, length: int) -> np.ndarray:
+    def read_one(self, file: int, offset: int, length: int) -> np.ndarray:
+        """As `read`, of one span and by this thread: a forked process has the pool, but not its threads."""
         path = self.paths[file]
         try:
             content = s3.read(path, offset, length) if s3.is_s3(path) else self._open(path).read(offset, length)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -92,6 +93,18 @@ def test_images_are_named_labelled_and_given(shards: str, index_dir: Path) -> No
         assert (index.sizes.dtype, index.labels.dtype, index.spans.dtype) == (np.int32, np.int32, np.int64)
         arrays = (index.names, index.ends, index.spans, index.sizes, index.labels)
         assert all(isinstance(array, np.memmap) for array in arrays)
+
+
+def test_a_forked_process_opens_images(shards: str, index_dir: Path) -> None:
+    """As torchvision's DataLoader forks its workers: the threads that read for the parent are not there."""
+    index = open_shards(shards, index_dir)
+    assert index.give(np.array([0]))[0].tobytes() == picture(41)
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: theirs.send_bytes(index.open(2).read()))
+    process.start()
+    assert ours.poll(60) and ours.recv_bytes() == picture(43)
+    process.join()
 
 
 def test_classes_of_words_are_sorted(tmp_path: Path, index_dir: Path) -> None:
