@@ -77,8 +77,8 @@ def endpoint_of(server: ThreadedMotoServer | BreakingServer) -> str:
     return "http://{}:{}".format(*server.get_host_and_port())
 
 
-def log_in(patch: pytest.MonkeyPatch, server: ThreadedMotoServer) -> None:
-    patch.setenv("AWS_ENDPOINT_URL", endpoint_of(server))
+def log_in(patch: pytest.MonkeyPatch, endpoint: str) -> None:
+    patch.setenv("AWS_ENDPOINT_URL", endpoint)
     patch.setenv("AWS_ACCESS_KEY_ID", "someone")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -260,6 +260,10 @@ class StopRequest:
         self.world = world
         self.signals, self.starter = 0, _starter()
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def listen(self) -> None:
+        """From here on signals are heeded. Before, while images are looked through, they end the process as they do any
+        other."""
         for number in self.SIGNALS:
             signal.signal(number, self._note)
 

@@ -122,7 +122,9 @@ def conduct(config: RunConfig, prepare: Callable[[World], Task]) -> int:
 def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest) -> int:
     """With errors as `conduct` raises them."""
     try:
-        run = _begin(prepare(world), world)
+        task = prepare(world)
+        stop.listen()
+        run = _begin(task, world)
         _catch_up(run)
         if run.start >= run.last:
             done, last = f"{run.start:,}", f"{run.last:,}"

@@ -56,11 +56,11 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """Of an S3 server on loopback, which the environment names."""
-    from buckets import log_in, serve
+    from buckets import endpoint_of, log_in, serve
 
     server = serve()
     with pytest.MonkeyPatch.context() as patch:
-        log_in(patch, server)
+        log_in(patch, endpoint_of(server))
         s3._client_of.cache_clear()
         yield s3._client_of(os.getpid())
     server.stop()

@@ -4,13 +4,14 @@ import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import numbers, ranks_of, read_until, rows, start, tasks
+from launching import ROOT, command, environment, numbers, ranks_of, read_until, rows, start, tasks
 
 from mixmim_ds.checkpoints import newest_complete
 
@@ -34,6 +35,23 @@ def test_signals_to_one_rank_stop_all_with_everything_saved(small_run: list[str]
     assert (stopped / "checkpoints" / "latest").read_text() == f"step_{steps:08d}"
     tasks(*small_run, f"run_dir={stopped}", "train.max_steps=20")
     assert numbers(stopped) == numbers(twenty)
+
+
+def test_a_signal_while_images_are_looked_for_ends_the_start(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie on a server that takes questions and gives no answer."""
+    from buckets import log_in  # here, for moto takes a second that the others need not wait
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        log_in(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
+        words = command("python", *small_run, "data.root=s3://bucket/images", f"run_dir={tmp_path / 'run'}")
+        process = subprocess.Popen(words, cwd=ROOT, env=environment())
+        server.settimeout(120)
+        asked, _ = server.accept()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM and not (tmp_path / "run").exists()
+        asked.close()
 
 
 def test_the_end_of_the_command_stops_what_it_started(small_run: list[str], tmp_path: Path) -> None:
