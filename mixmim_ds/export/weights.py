@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import BEST, MARKER, Checkpoint, newest_complete, read_whole_checkpoint
+from mixmim_ds.config import ModelConfig
 from mixmim_ds.export.layouts import ENCODER
 from mixmim_ds.models import Classifier, MixMIM, build_model
 from mixmim_ds.zero_files import Scattered, read_saved
@@ -64,7 +65,8 @@ def read_weights(source: Path) -> Weights:
 def _build(config: Any) -> MixMIM | Classifier:
     """The model of a run, by the options in its config.yaml."""
     if "init" not in config:
-        return build_model(config.model)
+        options: Any = OmegaConf.to_container(config.model)
+        return build_model(ModelConfig(**options))  # an option that is younger than the run has its default
     return Classifier(config.model.encoder, config.model.img_size, len(config.data.classes))
 
 

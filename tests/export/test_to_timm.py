@@ -226,6 +226,13 @@ def test_a_bad_source_is_one_sentence(damage: object, sentence: str, own: Path, 
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_run_from_before_an_option_was_there_is_exported(own: Path, tmp_path: Path) -> None:
+    config = OmegaConf.load(own / "config.yaml")
+    del config.model.group_attention, config.model.dual_reconstruction
+    OmegaConf.save(config, own / "config.yaml")
+    converted(own, tmp_path / "out")
+
+
 def test_a_named_checkpoint_with_altered_bytes_is_refused(own: Path, tmp_path: Path) -> None:
     damage_zeros(own)
     (checkpoint,) = (own / "checkpoints").glob("step_*")
