@@ -19,7 +19,7 @@ def report(run_dir: Path, out: Path) -> None:
         raise ValueError(f"OUT={out} exists and is no report; choose another file to write to.")
     page = render(read_story(run_dir))
     try:
-        out.write_text(page)
+        out.write_text(page, errors="backslashreplace")  # of names that are no UTF-8
     except OSError as error:
         raise ValueError(f"OUT={out} cannot be written ({error.strerror}); choose another file.") from error
 

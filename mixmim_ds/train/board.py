@@ -79,6 +79,9 @@ def _add(writer: SummaryWriter, summary: Any) -> None:
 
 
 def _row(options: dict[str, Any]) -> dict[str, str | float | bool]:
-    """The options by dotted name, as values that the table takes."""
+    """The options by dotted name, as values that the table takes: texts must be UTF-8, which paths need not be."""
     flat = {name: value for name, value in flatten(options).items() if value is not None}
-    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat.items()}
+    return {
+        name: value if isinstance(value, bool | int | float) else str(value).encode(errors="backslashreplace").decode()
+        for name, value in flat.items()
+    }

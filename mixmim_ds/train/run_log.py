@@ -1,5 +1,6 @@
 """What a run tells while it is at work: to the console of the first rank, and for good to train.log."""
 
+import io
 import logging
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from mixmim_ds.train.distributed import PeerLost, RankFailed, RunFailed
 
 LINES = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+NAMES = "backslashreplace"  # for files whose names are no UTF-8
 log = logging.getLogger("mixmim_ds")
 
 
@@ -21,8 +23,10 @@ def open_log(run_dir: Path, first: bool) -> None:
     """The first rank tells everything, to the console and to run_dir/train.log; the others only why they fail."""
     log.setLevel(logging.INFO)
     log.propagate = False
-    file = _LogFile(run_dir / "train.log", delay=not first)
+    file = _LogFile(run_dir / "train.log", delay=not first, errors=NAMES)
     if first:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=NAMES)
         _add(logging.StreamHandler(sys.stdout))
     else:
         file.setLevel(logging.CRITICAL + 1)  # which no record has: warnings of all ranks would be said many times

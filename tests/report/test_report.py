@@ -3,6 +3,7 @@
 import fcntl
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -140,6 +141,17 @@ def test_a_half_empty_folder_and_a_run_at_work_are_told_as_they_are(tmp_path: Pa
         assert read_story(tmp_path).state == "running"
     (tmp_path / "train.log").write_text("2026-01-01 10:00:00 stopped after step 7; run folder: x\n")
     assert read_story(tmp_path).state == "stopped"
+
+
+def test_names_that_are_no_utf8_are_told_with_their_bytes(tmp_path: Path) -> None:
+    """A run met such an image: its row in JSON holds what a name is in Python."""
+    (tmp_path / "config.yaml").write_text("model: {encoder: mixmim_base}\n")
+    (tmp_path / "failures").mkdir()
+    row = {"step": 3, "image": os.fsdecode(b"caf\xe9.jpg"), "reason": "cut off"}
+    (tmp_path / "failures" / "bad_images.jsonl").write_text(json.dumps(row) + "\n")
+    done = typed("launch/report.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert r"caf\udce9.jpg" in (tmp_path / "report.html").read_text()
 
 
 def test_the_command_reports_a_real_run_into_its_folder_again_and_again(twenty: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run tells TensorBoard beside its curves, read back as TensorBoard's own plugins read it."""
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,14 @@ def test_a_disk_that_fails_for_a_moment_costs_only_what_it_did_not_take(
     board.close(finished=True)
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in read.Scalars("loss")] == [1, 2, 3, 5, 6]
+
+
+def test_an_option_that_is_no_utf8_is_told_with_its_bytes(tmp_path: Path) -> None:
+    board = Board(tmp_path, 0)
+    board.options({"data": {"root": os.fsdecode(b"/caf\xe9")}})
+    board.close(finished=True)
+    (row,) = table(tmp_path)
+    assert row.hparams["data.root"].string_value == r"/caf\udce9"
 
 
 def test_a_run_that_is_stopped_and_goes_on_stays_one_row_that_ends_with_it(tmp_path: Path) -> None:
