@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mixmim_ds  # noqa: F401  registers the encoder that timm loads below
-from mixmim_ds.commands import environment, launched
+from mixmim_ds.commands import environment, exit_code, launched
 from mixmim_ds.config import ROOT
 from mixmim_ds.device import gpus
 
@@ -72,7 +72,7 @@ def extract_picture(run_dir: Path, path: Path) -> None:
     path.write_bytes(board.Images("reconstructions")[-1].encoded_image_string)
 
 
-def main() -> None:
+def main() -> int:
     """Runs the demo and prints where everything is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder for the photographs, the run and what is drawn from it")
@@ -93,7 +93,8 @@ loss curve        {out / "loss.png"}
 reconstructions   {out / "reconstructions.png"}
 run folder        {run_dir}   (tensorboard --logdir {run_dir})
 timm model        {exported}   ({features} features; timm.create_model("local-dir:{exported}", pretrained=True))""")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

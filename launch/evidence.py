@@ -21,7 +21,7 @@ from typing import NoReturn
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mixmim_ds.commands import environment, launched
+from mixmim_ds.commands import environment, exit_code, launched
 from mixmim_ds.config import ROOT
 from mixmim_ds.device import gpus
 
@@ -223,13 +223,17 @@ def report(out: Path, name: str, found: dict[str, list[dict[str, float]]], text:
     print(f"{text}\n\nwritten into {out}: {name}.json, {name}.md")
 
 
-def main() -> None:
-    """Does the experiment and writes what came out."""
+def main() -> int:
+    """Does the experiment and writes what came out. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder for the pictures, the runs and the evidence")
     parser.add_argument("--ablations", action="store_true", help="the parts of the method, instead of what it gives")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"OUT_DIR: {out} cannot be made ({error.strerror}); name another.") from error
     work_off(out, plan(out, arguments.ablations))
     if arguments.ablations:
         found = {title: [probed(out, name)] for title, (name, *_) in ABLATIONS.items()}
@@ -238,7 +242,8 @@ def main() -> None:
         found = {weights: measure(out, weights) for weights in WEIGHTS}
         report(out, "evidence", found, gain_table(found))
         draw(out, found)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

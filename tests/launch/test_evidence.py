@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from launching import ROOT
+from launching import ROOT, typed
 from PIL import Image
 
 from mixmim_ds.compose import load_config, load_finetune_config
@@ -55,6 +55,11 @@ def test_what_is_done_is_not_repeated_and_a_failure_is_told(
     changed = evidence.Job("good", (sys.executable, "-c", f"{note}  # other words"), 1)
     evidence.work_off(tmp_path, [changed])
     assert (tmp_path / "notes").read_text() == "xx"
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence() -> None:
+    done = typed("launch/evidence.py", "/proc/evidence")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: OUT_DIR: /proc/evidence cannot be")
 
 
 @pytest.fixture
