@@ -6,6 +6,7 @@ from typing import Any
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
+from mixmim_ds.train.slurm import adopt
 
 
 def run_options(words: list[str], defaults: Mapping[str, Any]) -> PretrainConfig:
@@ -22,6 +23,7 @@ def run_options(words: list[str], defaults: Mapping[str, Any]) -> PretrainConfig
     words = [*own, *words]
     if "train.global_batch" not in given | set(defaults):
         sizes = [word.partition("=")[2] for word in words if word.startswith("train.micro_batch=")]
+        adopt()  # of srun, whose words for the number of processes are others
         processes = int(os.environ.get("WORLD_SIZE", 1))
         size = int(sizes[-1]) if sizes and sizes[-1].isdecimal() else 128
         words.append(f"train.global_batch={size * processes}")

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from mixmim_ds.benchmark.options import run_options
 from mixmim_ds.train.distributed import rank_before_connecting, share_of_cores
 from mixmim_ds.train.slurm import adopt, expand
 
@@ -33,6 +34,12 @@ def test_a_task_of_srun_knows_its_rank_and_where_to_meet(monkeypatch: pytest.Mon
     assert placed() == ("9", "16", "1", "gpu03", "14567")
     assert placed() == ("9", "16", "1", "gpu03", "14567"), "asked again"
     assert rank_before_connecting() == 9
+
+
+def test_a_benchmark_of_several_tasks_knows_how_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    assert run_options(["train.micro_batch=4"], {"data": "synthetic"}).train.global_batch == 64
 
 
 def test_who_sets_the_meeting_point_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
