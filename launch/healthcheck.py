@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--of", choices=LOADERS, default="pretrain", help="which script is to run (default: pretrain)")
     parser.add_argument("--wait", type=int, default=WAIT_S, help="seconds for nodes to answer (default: %(default)s)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; we read LOCAL_RANK
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         config = LOADERS[arguments.of](arguments.overrides)
         # Here, for a mistake need not wait for the seconds that DeepSpeed and DALI take.

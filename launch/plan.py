@@ -117,7 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="key=value", help="see above; +experiment=NAME a recipe")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object on the last line")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     done = plan(*parse(arguments.words))
     print(describe(done))
     if arguments.json:

@@ -172,7 +172,7 @@ def planned_by(*words: str, code: int = 0) -> str:
 
 @pytest.mark.slow
 def test_the_command_as_typed() -> None:
-    printed = planned_by("+experiment=mixmim_b", "nodes=2", "gpus_per_node=8", "gpu=h100", "img_s=1500", "--json")
+    printed = planned_by("+experiment=mixmim_b", "nodes=2", "--json", "gpus_per_node=8", "gpu=h100", "img_s=1500")
     assert "batch           128 img/GPU x 16 GPUs x 1 accumulation = 2048 img/step" in printed
     assert "ds=zero1 train.micro_batch=128 activation_checkpointing=none" in printed
     assert "1500 img/s (given as measured)" in printed and "mfu" not in printed.splitlines()[-2]

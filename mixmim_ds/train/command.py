@@ -35,7 +35,7 @@ def command(words: str | None, load: Callable[[list[str]], C], story: Callable[[
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; +experiment=NAME a recipe")
     parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; we read LOCAL_RANK
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         config = load(arguments.overrides)
         if arguments.cfg:
