@@ -31,7 +31,7 @@ def find_files(given: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            found += sorted(each for each in path.rglob("*") if each.name.lower().endswith(SUFFIXES))
+            found += sorted(each for each in path.rglob("*") if _is_image(each, path))
         elif path.is_file():
             found.append(path)
         else:
@@ -39,6 +39,12 @@ def find_files(given: list[Path]) -> list[Path]:
     if not 2 <= len(found) <= MOST:
         raise ValueError(f"IMAGES: {len(found):,} are given; give 2 to {MOST:,}, for they are mixed in pairs.")
     return found
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    """Whether training would take the file for an image: hidden ones are none, nor are those in hidden folders."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.name.lower().endswith(SUFFIXES) and path.is_file() and not hidden
 
 
 def read_images(files: list[Path], size: int) -> Tensor:

@@ -113,6 +113,14 @@ def test_the_command_draws_a_run_and_its_export_alike(
         load_pretrained(export)
 
 
+def test_files_that_training_would_not_take_are_not_looked_at(tmp_path: Path) -> None:
+    for name in ("b.JPG", "deep/a.png", "._b.jpg", ".cache/c.png", "text.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    assert find_files([tmp_path]) == [tmp_path / "b.JPG", tmp_path / "deep/a.png"]
+
+
 MISTAKES = {
     "RUN one.png OUT": "IMAGES: 1 are given; give 2 to 1,000",
     "RUN one.png gone.png OUT": "gone.png does not exist",
