@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from mixmim_ds.data import s3
 from mixmim_ds.data.scan import threads
 
-INNERMOST = re.compile(r"\{([^{}]*)\}")
+CHOICES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")  # the innermost; braces around one name are its own, as in shells
 WILD = re.compile(r"[*?[]")
 
 
@@ -19,7 +19,7 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         ValueError: a phrase, for a range that is none of whole numbers, upwards.
     """
-    braces = INNERMOST.search(pattern)
+    braces = CHOICES.search(pattern)
     if braces is None:
         return [pattern]
     before, after = pattern[: braces.start()], pattern[braces.end() :]

@@ -18,7 +18,7 @@ from mixmim_ds.data.pattern import expand_braces, find_shards
         ("{0..10..}", None),
         ("{a,b}/{0..1}", ["a/0", "a/1", "b/0", "b/1"]),
         ("{a,{b,0{1..2}}}", ["a", "b", "01", "02"]),
-        ("{x}", ["x"]),
+        ("{x}/{y,z}", ["{x}/y", "{x}/z"]),
         ("{a..c}", None),
         ("{3..1}", None),
         ("open{", ["open{"]),
