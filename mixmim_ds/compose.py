@@ -42,6 +42,8 @@ def _compose(name: str, schema: type[RunConfig], overrides: list[str]) -> Any:
         key, _, value = each.lstrip("+~").partition("=")
         if re.match(r"hydra\b", key):
             raise ValueError(f"{key} has no effect, for Hydra only puts the options together; take it out.")
+        if each.startswith("~") and key not in GROUPS:
+            raise ValueError(f"{each} takes an option out, which would give it its default; give a value instead.")
         if key in GROUPS:
             one_of(key, value, _choices(f"{key}/*.yaml"))
     try:

@@ -81,6 +81,8 @@ def open_index(root: Path, index_dir: Path, progress: bool = False) -> Index:
         raise ValueError(f"data.root={root} does not exist: give the folder that holds the images.")
     if not os.path.isdir(root):
         raise ValueError(f"data.root={root} is a file: give the folder that holds the images.")
+    if index_dir.exists() and index_dir.samefile(root):
+        raise ValueError(f"data.index_dir={index_dir} is data.root itself, where no image is looked for; name another.")
     root = root.resolve()
     return _store(root, index_dir).open(lambda: _build(root, index_dir, progress))
 

@@ -75,6 +75,11 @@ def test_an_index_inside_the_data_is_not_data(root: Path) -> None:
     assert "index/x.png" not in names(open_index(root, root / "index"))
 
 
+def test_an_index_in_the_folder_of_the_images_itself_is_refused(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.index_dir=.* is data\.root itself"):
+        open_index(root, root / "cat" / "..")
+
+
 def test_a_link_to_the_root_is_the_same_data(
     root: Path, tmp_path: Path, index_dir: Path, headers_read: list[bytes]
 ) -> None:

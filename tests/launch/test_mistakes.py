@@ -22,6 +22,7 @@ MISTAKES = {
     "image size without cells": (["model.img_size=100"], "img_size=100x100 must be a multiple of 32"),
     "a mask of nothing": (["model.mask_ratio=0.2"], "model.mask_ratio=0.2 hides 0 of the 4 cells of 32 pixels"),
     "unknown ds": (["ds=zero9"], "ds=zero9 is no DeepSpeed config; choose one of zero1, zero2"),
+    "an option taken out": (["~train"], "~train takes an option out, which would give it its default"),
     "compile under zero3": (["compile=true", "ds=zero3"], "compile=true does not go with ZeRO-3"),
 }
 
