@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -80,8 +81,7 @@ def _with_quotes(override: str) -> str:
     option, _, value = override.partition("=")
     if option.lstrip("+") not in PATHS or value in ("", "null") or value[0] in "'\"":
         return override
-    literal = re.sub(r"\\+(?='|\Z)", r"\g<0>\g<0>", os.path.expanduser(value)).replace("'", "\\'")
-    return f"{option}='{literal}'"
+    return f"{option}={QuotedString(os.path.expanduser(value), Quote.single).with_quotes()}"
 
 
 def _names(options: Any) -> set[str]:
