@@ -10,17 +10,20 @@ Shapes: B images, h x w tokens of a grid, C channels, G windows, N tokens of a w
 
 import torch
 import torch.nn.functional as F
+from timm.layers.pos_embed_rel import gen_relative_position_index
+from timm.models.swin_transformer import window_reverse
 from torch import Tensor, nn
 
 from mixmim_ds.models import MixMIM
 from mixmim_ds.models.grids import CELL
+from mixmim_ds.models.masking import upsample
 from mixmim_ds.models.mixmim import normalise, patchify
 
 Size = tuple[int, int]
 
 
 class PlainMlp(nn.Module):
-    """[..., C] -> [..., C] through 4C channels."""
+    """[..., C] -> [..., C] through 4C channels; timm's also calls three modules that do nothing."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class PlainAttention(nn.Module):
         if window is not None:
             table = torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), heads)
             self.relative_position_bias_table = nn.Parameter(table)
-            self.register_buffer("relative_position_index", relative_positions(window), persistent=False)
+            self.register_buffer("relative_position_index", gen_relative_position_index(window), persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask [G, N, N] is added to the logits; x holds the G windows of each image one after another."""
@@ -60,31 +63,11 @@ class PlainAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
 
 
-def relative_positions(window: Size) -> Tensor:
-    """Row of the bias table for (query i, key j) of a window, [N, N]."""
-    rows, columns = (side.flatten() for side in torch.meshgrid(*map(torch.arange, window), indexing="ij"))
-    down = rows[:, None] - rows[None, :] + window[0] - 1
-    right = columns[:, None] - columns[None, :] + window[1] - 1
-    return down * (2 * window[1] - 1) + right
-
-
 def cut(x: Tensor, window: Size) -> Tensor:
-    """[B, h, w, C] -> [B * G, N, C]."""
+    """[B, h, w, C] -> [B * G, N, C]; the window_partition of timm would need one view more."""
     batch, height, width, dim = x.shape
     x = x.reshape(batch, height // window[0], window[0], width // window[1], window[1], dim)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, window[0] * window[1], dim)
-
-
-def join(windows: Tensor, window: Size, grid: Size) -> Tensor:
-    """The inverse of `cut`: [B * G, N, C] -> [B, h, w, C]."""
-    rows, columns = grid[0] // window[0], grid[1] // window[1]
-    x = windows.reshape(-1, rows, columns, *window, windows.shape[-1])
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, *grid, windows.shape[-1])
-
-
-def on_grid(mask: Tensor, grid: Size) -> Tensor:
-    """Mask [H/32, W/32] -> [h, w]."""
-    return mask.repeat_interleave(grid[0] // mask.shape[0], 0).repeat_interleave(grid[1] // mask.shape[1], 1)
 
 
 class PlainBlock(nn.Module):
@@ -100,11 +83,11 @@ class PlainBlock(nn.Module):
         """The mask [H/32, W/32] becomes -inf where two tokens of a window stem from two images."""
         if self.window is None or mask is None:
             return self.attn(x)
-        grid = (x.shape[1], x.shape[2])
-        group = cut(on_grid(mask, grid).to(x.dtype)[None, :, :, None], self.window)
+        height, width = x.shape[1:3]
+        group = cut(upsample(mask, height, width).to(x.dtype)[None, :, :, None], self.window)
         apart = (group != group.transpose(1, 2)).to(x.dtype)
         additive = apart.masked_fill(apart != 0, float("-inf"))
-        return join(self.attn(cut(x, self.window), additive), self.window, grid)
+        return window_reverse(self.attn(cut(x, self.window), additive), self.window, height, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x + self.attend(self.norm1(x), mask)
@@ -157,7 +140,7 @@ class PlainEncoder(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> features of the mixed images [B, L, 8E]."""
         x = self.patch_embed["norm"](self.patch_embed["proj"](images).permute(0, 2, 3, 1))
-        x = torch.where(on_grid(mask, (x.shape[1], x.shape[2]))[:, :, None], x.flip(0), x)
+        x = torch.where(upsample(mask, x.shape[1], x.shape[2])[:, :, None], x.flip(0), x)
         x = x + self.absolute_pos_embed.reshape(1, *x.shape[1:])
         for stage in self.layers:
             x = stage(x, mask)
