@@ -5,7 +5,6 @@ are there), draws the loss curve and reconstructions, exports the encoder and lo
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import mixmim_ds  # noqa: F401  registers the encoder that timm loads below
 from mixmim_ds.commands import environment, exit_code, launched
 from mixmim_ds.config import ROOT
 from mixmim_ds.device import gpus
+from mixmim_ds.json_lines import read_rows
 
 TRIVIAL = 1.0  # the loss of predicting the mean of each cell, since cells are normalised to variance 1
 SMOOTH = 50  # steps that the printed and the drawn loss are averaged over
@@ -49,7 +49,7 @@ def train(photographs: Path, run_dir: Path) -> None:
 
 def losses_of(run_dir: Path) -> tuple[list[int], list[float]]:
     """Steps and losses of metrics.jsonl, each loss averaged with those up to SMOOTH steps before it."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(run_dir / "metrics.jsonl")
     steps = [row["step"] for row in rows]
     windows = [[row["loss"] for row in rows if step - SMOOTH < row["step"] <= step] for step in steps]
     return steps, [sum(window) / len(window) for window in windows]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mixmim_ds.commands import environment, exit_code, launched
 from mixmim_ds.config import ROOT
 from mixmim_ds.device import gpus
+from mixmim_ds.json_lines import read_rows
 
 SEEDS = (0, 1, 2)
 UNLABELLED, LABELLED, ASKED = 20_000, 1_000, 2_000  # pictures to pretrain on, to learn classes from, to tell
@@ -156,8 +157,7 @@ def probed(out: Path, name: str) -> dict[str, float]:
 
 def evaluations(out: Path, weights: str, seed: int) -> list[dict[str, float]]:
     """The rows of a fine-tuning, one each time that it was judged."""
-    file = out / f"finetuned_{weights}_{seed}" / "evaluations.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return read_rows(out / f"finetuned_{weights}_{seed}" / "evaluations.jsonl")
 
 
 def measure(out: Path, weights: str) -> list[dict[str, float]]:
