@@ -5,7 +5,6 @@ import gc
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ def _time(arguments: argparse.Namespace, config: PretrainConfig, world: World) -
 
     saves = in_turn({"save": save}, arguments.warmup, arguments.repeats)["save"]
     resumes = in_turn({"resume": go_on}, arguments.warmup, arguments.repeats)["resume"]
-    held = size_of(Path(config.run_dir) / "checkpoints" / f"step_{step:08d}")
+    held = size_of(saver.path_of(step))
     middle = medians(saves) | medians(resumes)
     return {
         "model": config.model.encoder, "ds": config.ds, "precision": config.precision, "processes": world.size,
