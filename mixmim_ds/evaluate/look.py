@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import normalize, pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from mixmim_ds.data.central import central_windows
+from mixmim_ds.data.loader import Normalise
 from mixmim_ds.data.plan import mask_at
 from mixmim_ds.data.scan import SUFFIXES
 from mixmim_ds.evaluate.features import View
@@ -77,7 +78,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def as_the_model_takes_them(pretrained: Pretrained, pixels: Tensor) -> Tensor:
     """uint8 [N, 3, S, S] -> float32, normalised."""
-    return normalize(pixels.float() / 255, pretrained.mean, pretrained.std)
+    return Normalise(pretrained.mean, pretrained.std, pixels.device)(pixels)
 
 
 @torch.inference_mode()
