@@ -1,8 +1,10 @@
-"""What a process computes on."""
+"""What a process computes on, and in which numbers."""
 
 import os
 
 import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by the option `precision`
 
 
 def on_gpu() -> bool:

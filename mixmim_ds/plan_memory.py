@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mixmim_ds.config import ModelConfig, PretrainConfig
+from mixmim_ds.device import DTYPES
 from mixmim_ds.models import MixMIM, build_model
 from mixmim_ds.train.engine import ds_settings
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("none", "selective", "full")
 # Micro-batches whose count gives the line. Below the first one a layer's weight gradient may outweigh its activations
 # for a moment, which the line misses by some MiB; from there on peaks are linear.

@@ -9,7 +9,8 @@ less, and the data path.
 from dataclasses import dataclass
 
 from mixmim_ds.config import PretrainConfig
-from mixmim_ds.plan_memory import DTYPES, mechanics
+from mixmim_ds.device import DTYPES
+from mixmim_ds.plan_memory import mechanics
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixmim_ds.compose import load_config
+from mixmim_ds.device import DTYPES
 from mixmim_ds.models import MixMIM, blocks, build_model
 from mixmim_ds.models.groups import Groups, pair_mask, sort_tokens
-from mixmim_ds.plan_memory import DTYPES, MODES, Ledger, activations, attention_of_cuda, count, model_on_meta, states
+from mixmim_ds.plan_memory import MODES, Ledger, activations, attention_of_cuda, count, model_on_meta, states
 
 TINY = load_config(["run_dir=UNUSED", "model=tiny", "data=synthetic"]).model
 

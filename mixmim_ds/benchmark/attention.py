@@ -20,12 +20,11 @@ from mixmim_ds.benchmark.plain import PlainBlock
 from mixmim_ds.benchmark.report import Measured
 from mixmim_ds.benchmark.timing import Marks, in_turn
 from mixmim_ds.data.plan import mask_at
-from mixmim_ds.device import on_gpu
+from mixmim_ds.device import DTYPES, on_gpu
 from mixmim_ds.models import build_model
 from mixmim_ds.models.attention import WindowAttention
 from mixmim_ds.models.grids import CELL
 from mixmim_ds.models.groups import Groups, pair_mask, sort_tokens
-from mixmim_ds.plan_memory import DTYPES
 
 Side = Callable[[Tensor], Tensor]
 

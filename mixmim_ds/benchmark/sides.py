@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 from mixmim_ds.benchmark.timing import Marks
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.data.loader import MicroBatch
+from mixmim_ds.device import DTYPES
 from mixmim_ds.models import MixMIM
 from mixmim_ds.train.distributed import World
 from mixmim_ds.train.engine import build_engine
@@ -57,13 +58,13 @@ class Loop:
     def __init__(self, config: PretrainConfig, model: nn.Module, device: torch.device) -> None:
         self.device, self.clip = device, config.optim.clip_grad
         self.model = model.to(device)
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
+        self.dtype = DTYPES[config.precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.optimizer = adamw(self.model, config.optim)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """See `Side`."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             return self.model(batch.images, batch.mask)[0]
 
     def backward(self, loss: Tensor) -> None:

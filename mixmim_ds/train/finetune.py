@@ -17,6 +17,7 @@ from mixmim_ds.data.labelled import Labelled
 from mixmim_ds.data.labelled_loader import LabelledBatch, LabelledLoader
 from mixmim_ds.data.loader import Normalise, Share
 from mixmim_ds.data.recover import DataFailed
+from mixmim_ds.device import DTYPES
 from mixmim_ds.evaluate.accuracy import count, scores
 from mixmim_ds.evaluate.features import load_encoder, normalise_of
 from mixmim_ds.evaluate.pictures import Picture, draw_batch
@@ -178,11 +179,11 @@ def _score(
     config: FinetuneConfig, world: World, val: Labelled, encoder: MixMIMTransformer, normalise: Normalise
 ) -> dict[str, float]:
     """Of all images that can be decoded, shared out among the ranks; in half precision where the run is."""
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    dtype = DTYPES[config.precision]
     size, threads = encoder.patch_embed.img_size[0], config.data.threads or share_of_cores()
 
     def classify(images: Tensor) -> Tensor:
-        with torch.autocast(world.device.type, half, enabled=half is not None):
+        with torch.autocast(world.device.type, dtype, enabled=dtype is not torch.float32):
             return encoder(images)
 
     batches = CentralBatches(
