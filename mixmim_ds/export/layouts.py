@@ -6,9 +6,11 @@ after it. Sources: the checkpoints of https://github.com/Sense-X/MixMIM, and Mix
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
+T = TypeVar("T")
 ENCODER = "encoder."  # before the encoder's names in a MixMIM
 
 # OpenMMLab's names and the authors', in the order in which they are replaced.
@@ -23,6 +25,11 @@ _OPENMMLAB = (
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
 )
 _MERGING = re.compile(r"^layers\.(\d+)\.downsample\.")
+
+
+def encoder_of(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Those of a MixMIM's tensors that are its encoder's, by their names there."""
+    return {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items() if name.startswith(ENCODER)}
 
 
 def is_openmmlab(tensors: Mapping[str, Tensor]) -> bool:

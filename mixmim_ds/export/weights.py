@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from mixmim_ds.checkpoints import BEST, MARKER, Checkpoint, newest_complete, read_whole_checkpoint
 from mixmim_ds.config import ModelConfig
-from mixmim_ds.export.layouts import ENCODER
+from mixmim_ds.export.layouts import ENCODER, encoder_of
 from mixmim_ds.models import Classifier, MixMIM, build_model
 from mixmim_ds.zero_files import Scattered, read_saved
 
@@ -27,7 +27,7 @@ class Weights:
     @property
     def encoder(self) -> dict[str, Scattered]:
         """The encoder's tensors, by their names there."""
-        return {name.removeprefix(ENCODER): t for name, t in self.tensors.items() if name.startswith(ENCODER)}
+        return encoder_of(self.tensors)
 
     @property
     def decoder(self) -> dict[str, Scattered]:

@@ -14,7 +14,7 @@ from mixmim_ds.data.loader import MicroBatch, Share, open_loader
 from mixmim_ds.evaluate.features import Vectors, View, extract
 from mixmim_ds.evaluate.pictures import COLUMNS, Picture, draw
 from mixmim_ds.evaluate.probe import accuracy_of_votes, nearest, nearest_of
-from mixmim_ds.export.layouts import ENCODER
+from mixmim_ds.export.layouts import encoder_of
 from mixmim_ds.finetune_config import LabelledDataConfig
 from mixmim_ds.models import build_model
 from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_every_rank, share_of_cores
@@ -69,8 +69,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
 
     def scores(path: Path) -> dict[str, float]:
         """Of a checkpoint, on the first rank; nothing elsewhere."""
-        weights = made_once(world, lambda: read_saved(path)).weights.items()
-        load_weights(encoder, {name.removeprefix(ENCODER): t for name, t in weights if name.startswith(ENCODER)})
+        load_weights(encoder, encoder_of(made_once(world, lambda: read_saved(path)).weights))
         known: list[Vectors] = []
 
         def look() -> Vectors:
