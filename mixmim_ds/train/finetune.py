@@ -199,12 +199,14 @@ def _export(run_dir: Path) -> None:
     """The best checkpoint as a timm model with its classifier; it replaces that of a shorter run. RunFailed if that
     cannot be done."""
     out = run_dir / EXPORT
-    fresh = out.with_name(f"{EXPORT}.new")
+    scratch = out.with_name(f"{EXPORT}.new")
+    fresh = scratch / EXPORT  # by its final name already, which the model card tells
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         exported = export_run(run_dir, fresh, Form())
         shutil.rmtree(out, ignore_errors=True)
         fresh.rename(out)
+        scratch.rmdir()
     except (OSError, ValueError) as error:
         failure = RunFailed(f"the run is done but not exported to {out} ({error}); the same command tries it again.")
         log_failure(failure, 0)

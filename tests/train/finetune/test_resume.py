@@ -113,3 +113,5 @@ def test_an_export_that_fails_keeps_the_one_there_and_is_no_mistake(
     finetune._export(run_dir)
     assert (run_dir / "timm" / "config.json").stat().st_mtime_ns > kept
     assert not (run_dir / "timm.new").exists()
+    card = (run_dir / "timm" / "README.md").read_text()
+    assert "# Model card for timm\n" in card and '"local-dir:timm"' in card, "what it was written as is no name of it"
