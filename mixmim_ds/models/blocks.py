@@ -31,7 +31,8 @@ class PatchMerging(timm.models.swin_transformer.PatchMerging):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, h, w, C] -> [B, h/2, w/2, D]; h and w are even."""
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c)  # unflatten would make the batch a constant in an ONNX export
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
