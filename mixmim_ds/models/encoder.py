@@ -247,16 +247,24 @@ class MixMIMTransformer(nn.Module):
         return taken
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MixMIMTransformer) -> dict[str, Any]:
+class Fitted(dict[str, Any]):
+    """A state dict as `checkpoint_filter_fn` returns it."""
+
+    _metadata: Any = None  # the versions of modules, where nn.Module looks for them
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MixMIMTransformer) -> Fitted:
     """A checkpoint's tensors as `model` takes them: tables of another image size are interpolated, and a checkpoint
     of pretraining, which has no head at all, gets the model's own. All else is left to strict loading.
 
     Raises:
         ValueError: a table is of no image size that the encoder could have had.
     """
-    fitted = fit_tables(state_dict, model.layers[0].grid, [stage.window for stage in model.layers])
-    own = {f"head.{name}": value for name, value in model.head.state_dict().items()}
-    return fitted if _has_head(fitted) else fitted | own
+    fitted = Fitted(fit_tables(state_dict, model.layers[0].grid, [stage.window for stage in model.layers]))
+    fitted._metadata = getattr(state_dict, "_metadata", None)
+    if not _has_head(fitted):
+        fitted.update({f"head.{name}": value for name, value in model.head.state_dict().items()})
+    return fitted
 
 
 def _has_head(state_dict: Mapping[str, Any]) -> bool:
