@@ -122,14 +122,14 @@ class MixMIMTransformer(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module` does it, after `checkpoint_filter_fn`.
+        """As `nn.Module` does it, after `checkpoint_filter_fn` unless that was called before.
 
-        timm hands its `checkpoint_path` straight to this method, without a model's filter. Loading a module that holds
-        an encoder does not pass here, so it stays as strict as ever.
+        timm hands its `checkpoint_path` straight to this method, without a model's filter. What it loads as pretrained
+        comes filtered, and without the head if that is of other classes. Loading a module that holds an encoder does
+        not pass here, so it stays as strict as ever.
         """
-        if self.num_classes and not _has_head(state_dict):
-            _log.warning("The checkpoint has no head: the classifier keeps its own weights.")
-        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), strict, assign)
+        fitted = state_dict if isinstance(state_dict, Fitted) else checkpoint_filter_fn(state_dict, self)
+        return super().load_state_dict(fitted, strict, assign)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -248,24 +248,23 @@ class MixMIMTransformer(nn.Module):
 
 
 class Fitted(dict[str, Any]):
-    """A state dict as `checkpoint_filter_fn` returns it."""
+    """A state dict as `checkpoint_filter_fn` returns it, which sees a file as a whole and is to do so once."""
 
     _metadata: Any = None  # the versions of modules, where nn.Module looks for them
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MixMIMTransformer) -> Fitted:
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: MixMIMTransformer, warn: bool = True) -> Fitted:
     """A checkpoint's tensors as `model` takes them: tables of another image size are interpolated, and a checkpoint
-    of pretraining, which has no head at all, gets the model's own. All else is left to strict loading.
+    of pretraining, which has no head at all, gets the model's own, which is told of if it has classes and `warn`. All
+    else is left to strict loading.
 
     Raises:
         ValueError: a table is of no image size that the encoder could have had.
     """
     fitted = Fitted(fit_tables(state_dict, model.layers[0].grid, [stage.window for stage in model.layers]))
     fitted._metadata = getattr(state_dict, "_metadata", None)
-    if not _has_head(fitted):
+    if not any(name.startswith("head.") for name in fitted):
         fitted.update({f"head.{name}": value for name, value in model.head.state_dict().items()})
+        if model.num_classes and warn:
+            _log.warning("The checkpoint has no head: the classifier keeps its own weights.")
     return fitted
-
-
-def _has_head(state_dict: Mapping[str, Any]) -> bool:
-    return any(name.startswith("head.") for name in state_dict)

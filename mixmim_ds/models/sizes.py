@@ -1,6 +1,7 @@
 """The encoder's sizes, as registered with timm."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import timm
@@ -58,10 +59,12 @@ def _build(
 ) -> MixMIMTransformer:
     """`device`, `dtype`: where and as what the model is made, as timm's own models take them."""
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    # timm drops the head of a backbone only after the weights are loaded
+    fit = partial(checkpoint_filter_fn, warn=not kwargs.get("features_only"))
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             MixMIMTransformer, variant, pretrained,
-            feature_cfg=features, pretrained_filter_fn=checkpoint_filter_fn, **kwargs,
+            feature_cfg=features, pretrained_filter_fn=fit, **kwargs,
         )  # fmt: skip
     return model.to(dtype=dtype)
 
