@@ -15,6 +15,7 @@ import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
 from mixmim_ds.commands import exit_code
+from mixmim_ds.export.card import how_to_load
 from mixmim_ds.export.to_official import export_official
 from mixmim_ds.export.to_timm import Form, export_file, export_run
 
@@ -34,7 +35,7 @@ def convert(arguments: argparse.Namespace) -> str:
         export_file(source, out, form)
     else:
         print(export_run(source, out, form).path)
-    return f'import timm, mixmim_ds; timm.create_model("local-dir:{out}", pretrained=True)'
+    return "; ".join(how_to_load(str(out), form.architecture_file))
 
 
 def main() -> int:

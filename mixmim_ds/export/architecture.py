@@ -11,6 +11,8 @@ from mixmim_ds.version import __version__
 MODULES = (grouped, recompute, masking, grids, groups, tables, attention, blocks, encoder, sizes)
 HEAD = f'''"""The MixMIM encoder (arXiv 2205.13137) for timm >= 1.0.31, put together by mixmim_ds {__version__}.
 
+    import sys
+    sys.path.insert(0, "FOLDER")
     import timm, mixmim
     model = timm.create_model("local-dir:FOLDER", pretrained=True)
 

@@ -21,8 +21,21 @@ CITATION = """@article{liu2022mixmim,
 }"""
 
 
-def card_of_run(weights: Weights, name: str, dtype: torch.dtype) -> str:
-    """Markdown with the front matter of timm's model cards: recipe, data, steps, loss and versions."""
+def how_to_load(folder: str, alone: bool) -> list[str]:
+    """Python statements that load an export; `alone`: by the mixmim.py in it, where this package is missing."""
+    found = ["import sys", f'sys.path.insert(0, "{folder}")', "import timm, mixmim"]
+    loaded = f'model = timm.create_model("local-dir:{folder}", pretrained=True)'
+    return [*(found if alone else ["import timm, mixmim_ds"]), loaded]
+
+
+def card_of_run(weights: Weights, name: str, dtype: torch.dtype, alone: bool) -> str:
+    """Markdown with the front matter of timm's model cards: recipe, data, steps, loss and versions.
+
+    Args:
+        name: of the folder.
+        dtype: of the weights in it.
+        alone: it holds mixmim.py.
+    """
     config, checkpoint = weights.config, weights.checkpoint
     lr = peak_lr(config.optim.base_lr, config.train.global_batch)
     recipe = (
@@ -40,7 +53,7 @@ def card_of_run(weights: Weights, name: str, dtype: torch.dtype) -> str:
         "Data": f"{config.data.kind}, fingerprint {config.data.fingerprint}",
         "Versions": ", ".join(f"{package} {number}" for package, number in _versions(checkpoint).items()),
     }
-    return _card(weights.model.encoder, name, dtype, details)
+    return _card(weights.model.encoder, name, dtype, alone, details)
 
 
 def _pretrained(config: Any, recipe: str) -> dict[str, str]:
@@ -58,12 +71,12 @@ def _finetuned(config: Any, recipe: str, checkpoint: Checkpoint) -> dict[str, st
     }
 
 
-def card_of_file(encoder: MixMIMTransformer, source: Path, name: str, dtype: torch.dtype) -> str:
+def card_of_file(encoder: MixMIMTransformer, source: Path, name: str, dtype: torch.dtype, alone: bool) -> str:
     """As `card_of_run`, for weights whose history is not known."""
-    return _card(encoder, name, dtype, {"Source": f"{source.name}, sha256 {sha256(source)}"})
+    return _card(encoder, name, dtype, alone, {"Source": f"{source.name}, sha256 {sha256(source)}"})
 
 
-def _card(encoder: MixMIMTransformer, name: str, dtype: torch.dtype, history: dict[str, str]) -> str:
+def _card(encoder: MixMIMTransformer, name: str, dtype: torch.dtype, alone: bool, history: dict[str, str]) -> str:
     height, width = encoder.patch_embed.img_size
     millions = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
     classifier = f"{encoder.num_classes} classes" if encoder.num_classes else "no classifier"
@@ -73,12 +86,16 @@ def _card(encoder: MixMIMTransformer, name: str, dtype: torch.dtype, history: di
         "Image size": f"{height} x {width}",
         "Weights": str(dtype).removeprefix("torch."),
     }
-    usage = (
-        "```python\nimport timm, mixmim_ds\n\n"
-        f'model = timm.create_model("local-dir:{name}", pretrained=True)  # num_classes=N for a new classifier\n```\n'
+    told = "or with the mixmim.py beside this card, which needs nothing else" if alone else "which must be installed"
+    about = (
+        "mixmim_ds is a Python package that trains MixMIM with DeepSpeed and adds its encoders to timm. "
+        f"These weights load in timm >= 1.0.31 with that package, {told}."
     )
+    statements = "\n".join(how_to_load(name, alone))
+    usage = f"```python\n{statements}  # num_classes=N for a new classifier\n```\n"
     task = "image-classification" if encoder.num_classes else "image-feature-extraction"
-    card = {"details": details | history, "usage": usage, "citation": CITATION, "tags": [task, "timm"]}
+    card = {"description": about, "details": details | history, "usage": usage, "citation": CITATION}
+    card["tags"] = [task, "timm"]
     card["license"] = "unknown"  # is for those to say who trained the weights, and whose images they saw
     return generate_readme(card, name, task_name=task)
 

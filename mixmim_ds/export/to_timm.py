@@ -62,7 +62,7 @@ def export_run(source: Path, out: Path, form: Form) -> Checkpoint:
     if form.with_decoder and not weights.decoder:
         raise ValueError(f"--with-decoder: {source} was fine-tuned and holds no decoder; leave the option out.")
     decoder = Decoder(weights.decoder, OmegaConf.to_container(weights.config.model)) if form.with_decoder else None
-    card = card_of_run(weights, out.name, form.dtype)
+    card = card_of_run(weights, out.name, form.dtype, form.architecture_file)
     _write(out, form, weights.model.encoder, weights.encoder, decoder, card, described)
     return weights.checkpoint
 
@@ -79,7 +79,7 @@ def export_file(source: Path, out: Path, form: Form) -> None:
         raise ValueError(f"--with-decoder: {source} holds no decoder; leave the option out.")
     encoder = build_encoder(file)
     decoder = Decoder(file.decoder, _options(encoder, file.decoder)) if form.with_decoder else None
-    card = card_of_file(encoder, source, out.name, form.dtype)
+    card = card_of_file(encoder, source, out.name, form.dtype, form.architecture_file)
     _write(out, form, encoder, encoder.state_dict(), decoder, card, {})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from launching import ROOT, converted, refusal
+from launching import ROOT, converted, refusal, typed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -96,6 +96,7 @@ def test_config_and_card_say_what_it_is(trained: Path, tmp_path: Path) -> None:
     fingerprint = OmegaConf.load(trained / "config.yaml").data.fingerprint
     for words in (f"{loss:.4f} at step 4", fingerprint, f"torch {torch.__version__.split('+')[0]}", "batch 32"):
         assert words in card
+    assert "mixmim_ds is a Python package" in card and "timm >= 1.0.31" in card and "import timm, mixmim_ds\n" in card
     assert "\npipeline_tag: image-feature-extraction\n" in card and "\nlicense: unknown\n" in card
 
 
@@ -137,22 +138,29 @@ def test_half_the_bytes_on_request(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_architecture_file_needs_timm_alone(trained: Path, tmp_path: Path) -> None:
-    out = converted(trained, tmp_path / "timm", "--architecture-file")
+    """As the card and convert.py's last line say."""
+    out = tmp_path / "base"
+    done = typed("launch/convert.py", trained, out, "--architecture-file")
+    assert done.returncode == 0, done.stderr
+    card = (out / "README.md").read_text()
+    (tmp_path / "card.py").write_text(card.split("```python")[1].split("```")[0])
+    (tmp_path / "line.py").write_text(done.stdout.splitlines()[-1].removeprefix("load it with: "))
     torch.save(IMAGES, tmp_path / "images.pt")
     script = (
-        "import sys; sys.modules['mixmim_ds'] = sys.modules['deepspeed'] = None; sys.path.insert(0, sys.argv[1])\n"
-        "import timm, torch, mixmim\n"
-        "model = timm.create_model(f'local-dir:{sys.argv[1]}', pretrained=True).eval()\n"
-        "torch.save(model(torch.load(sys.argv[2])).detach(), sys.argv[3])\n"
+        "import sys; sys.modules['mixmim_ds'] = sys.modules['deepspeed'] = None\n"
+        "import torch\n"
+        "for file in ('card.py', 'line.py'):\n"
+        "    exec(open(file).read())\n"
+        "    torch.save(model.eval()(torch.load('images.pt')).detach(), file + '.pt')\n"
         "try: mixmim._on_cuda()\n"
         "except ImportError as error: assert str(error).startswith('Masks on CUDA take mixmim_ds and triton (')\n"
         "else: raise AssertionError('it went on')\n"
     )
-    files = [str(out), str(tmp_path / "images.pt"), str(tmp_path / "features.pt")]
-    subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=tmp_path)
     encoder = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "features.pt"), encoder(IMAGES))
+        for file in ("card.py.pt", "line.py.pt"):
+            assert torch.equal(torch.load(tmp_path / file), encoder(IMAGES))
 
 
 def test_one_checkpoint_of_several_can_be_named(trained: Path, tmp_path: Path) -> None:
