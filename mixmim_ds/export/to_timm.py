@@ -111,7 +111,7 @@ def _write(
                 # Heads and targets, which shapes do not tell.
                 notes = {MODEL_NOTE: json.dumps(decoder.options)}
                 write_safetensors(draft / DECODER_FILE, decoder.tensors, form.dtype, notes)
-            save_config_for_hf(encoder, str(draft / "config.json"), **described)
+            _write_config(draft / "config.json", encoder, described)
             (draft / "README.md").write_text(card)
             if form.architecture_file:
                 (draft / ARCHITECTURE_FILE).write_text(architecture_source())
@@ -119,3 +119,12 @@ def _write(
                 sync(file)
     except OSError as error:
         raise ValueError(f"{out} cannot be written: {error.strerror or error}.") from error
+
+
+def _write_config(path: Path, encoder: MixMIMTransformer, described: dict[str, Any]) -> None:
+    """timm's config.json without the number of classes among the arguments of the model, as transformers hands these to
+    timm beside a number of its own. timm takes it from pretrained_cfg."""
+    save_config_for_hf(encoder, str(path), **described)
+    config = json.loads(path.read_text())
+    del config["model_args"]["num_classes"]
+    path.write_text(json.dumps(config, indent=2))

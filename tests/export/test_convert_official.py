@@ -1,5 +1,6 @@
 """launch/convert.py between the authors' files, timm folders and runs."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,29 @@ def test_a_fine_tuned_file_keeps_its_head(fine_tuned: tuple[MixMIMTransformer, P
         assert torch.equal(loaded(IMAGES), encoder(IMAGES))
     card = (folder / "README.md").read_text()
     assert "5 classes" in card and "\npipeline_tag: image-classification\n" in card and "\nlicense: unknown\n" in card
+
+
+def test_the_number_of_classes_is_left_to_who_loads_it(
+    fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path
+) -> None:
+    encoder, file = fine_tuned
+    folder = converted("--from-official", file, tmp_path / "timm")
+    name = f"local-dir:{folder}"
+    with torch.no_grad():
+        features = encoder.forward_features(IMAGES)
+        for classes in (None, 5, 0, 7):
+            loaded = timm.create_model(name, pretrained=True, num_classes=classes).eval()
+            assert loaded.num_classes == (5 if classes is None else classes)
+            assert torch.equal(loaded.forward_features(IMAGES), features)
+            assert torch.equal(loaded(IMAGES), encoder(IMAGES)) or classes in (0, 7)
+        backbone = timm.create_model(name, pretrained=True, features_only=True).eval()
+        expected = encoder.forward_intermediates(IMAGES, intermediates_only=True)
+        assert all(map(torch.equal, backbone(IMAGES), expected))
+    config = json.loads((folder / "config.json").read_text())
+    for classes in (0, config["num_classes"]):  # as transformers does it, for AutoModel and for a classifier
+        model = timm.create_model(config["architecture"], num_classes=classes, **config["model_args"])
+        left = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        assert not left.missing_keys
 
 
 def test_mistakes_are_one_sentence(fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path) -> None:
