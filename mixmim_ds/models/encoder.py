@@ -41,7 +41,8 @@ class MixMIMTransformer(nn.Module):
     Args:
         img_size: pixels, a multiple of 32 whose grids the windows fit.
         embed_dim: E; stage s has E * 2^s channels.
-        window_size: side of the windows of every stage (or of all), in tokens; None = adapts to any image size.
+        window_size: side of the windows of every stage (or of all), in tokens; 0 = adapts to any image size, as does
+            None, which timm's create_model leaves out.
         depths, num_heads: of every stage.
         drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate: as in timm's Swin; the last one is below 1.
 
@@ -102,9 +103,9 @@ class MixMIMTransformer(nn.Module):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | Shape | None = None, window_size: Windows = None) -> None:
-        """Another image size (pixels) or window size for a model with its weights; None = stays, as do its rules: the
-        windows of a model made with window_size=None adapt. Position and bias tables are interpolated, so the
-        parameters are new ones: call it before an optimizer takes them. timm records the size for its exports.
+        """Another image size (pixels) or window size, as of a new model, for one with its weights; None = stays, as do
+        its rules: windows that adapt go on adapting. Position and bias tables are interpolated, so the parameters are
+        new ones: call it before an optimizer takes them. timm records the size for its exports.
 
         Raises:
             ValueError: the windows do not fit the image size; the model is as it was.

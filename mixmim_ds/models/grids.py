@@ -7,7 +7,7 @@ CELL = 32  # pixels of a mask cell's side: one token of the last stage
 _LARGEST = 14  # tokens of a window's side that adapts to its grid
 
 Shape = tuple[int, int]  # rows and columns
-Windows = int | Sequence[int] | None  # side for all stages, for each stage, or None = what fits
+Windows = int | Sequence[int] | None  # side for all stages, for each stage, or 0 or None = what fits
 
 
 def stage_windows(img_size: Shape, window_size: Windows, stages: int) -> list[tuple[Shape, Shape]]:
@@ -15,7 +15,8 @@ def stage_windows(img_size: Shape, window_size: Windows, stages: int) -> list[tu
 
     Args:
         img_size: pixels.
-        window_size: side of the windows of all stages, or of each; None = the largest of at most 14 tokens that fits.
+        window_size: side of the windows of all stages, or of each; 0 or None = the largest of at most 14 tokens that
+            fit.
 
     Raises:
         ValueError: the image is not whole cells, or a window does not fit its grid.
@@ -23,18 +24,21 @@ def stage_windows(img_size: Shape, window_size: Windows, stages: int) -> list[tu
     if any(side < CELL or side % CELL for side in img_size):
         raise ValueError(f"img_size={img_size[0]}x{img_size[1]} must be a multiple of {CELL} pixels (a mask cell).")
     grids = [(img_size[0] // (PATCH << stage), img_size[1] // (PATCH << stage)) for stage in range(stages)]
-    if window_size is None:
+    if window_size in (0, None):
         sides = [_fitting_side(grid) for grid in grids]
     else:
         sides = [window_size] * stages if isinstance(window_size, int) else list(window_size)
     if len(sides) != stages or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"window_size={window_size} must be a positive number, or one for each of {stages} stages.")
+        raise ValueError(
+            f"window_size={window_size} must be a positive number, one for each of {stages} stages, or 0, which adapts."
+        )
     windows = [(min(side, rows), min(side, columns)) for side, (rows, columns) in zip(sides, grids, strict=True)]
     for stage, (grid, window) in enumerate(zip(grids, windows, strict=True)):
         if grid[0] % window[0] or grid[1] % window[1]:
             raise ValueError(
                 f"img_size={img_size[0]}x{img_size[1]} gives stage {stage + 1} a grid of {grid[0]}x{grid[1]} tokens "
-                f"that windows of {sides[stage]} do not fit; choose another img_size or window_size."
+                f"that windows of {sides[stage]} do not fit; choose another img_size, other windows, or "
+                "window_size=0, which adapts."
             )
     return list(zip(grids, windows, strict=True))
 

@@ -161,9 +161,13 @@ def test_a_file_of_no_known_shape_is_one_sentence() -> None:
         ({"img_size": 256}, "img_size=256x256 gives stage 1 a grid of 64x64 tokens that windows of 14 do not fit"),
         ({"img_size": (224, 100)}, "img_size=224x100 must be a multiple of 32"),
         ({"window_size": (7, 7, 5, 7)}, "gives stage 3 a grid of 14x14 tokens that windows of 5 do not fit"),
-        ({"window_size": (7, 7)}, r"window_size=\(7, 7\) must be a positive number, or one for each of 4 stages"),
-        ({"window_size": 0}, "window_size=0 must be a positive number"),
-        ({"window_size": ((7, 7),) * 4}, r"window_size=\(\(7, 7\),.* must be a positive number, or one for each"),
+        (
+            {"window_size": (7, 7)},
+            r"window_size=\(7, 7\) must be a positive number, one for each of 4 stages, or 0, which",
+        ),
+        ({"window_size": -7}, "window_size=-7 must be a positive number"),
+        ({"window_size": (7, 7, 7, 0)}, r"window_size=\(7, 7, 7, 0\) must be a positive number"),
+        ({"window_size": ((7, 7),) * 4}, r"window_size=\(\(7, 7\),.* must be a positive number, one for each"),
     ],
 )
 def test_a_size_that_does_not_fit_leaves_the_model_as_it_was(arguments: dict[str, object], sentence: str) -> None:
@@ -184,6 +188,24 @@ def test_base_at_384_is_its_own_registered_size() -> None:
     assert model.macs() == own.macs()
     shapes = [{name: value.shape for name, value in m.state_dict().items()} for m in (model, own)]
     assert shapes[0] == shapes[1]
+
+
+def test_windows_of_0_adapt_to_every_size(tmp_path: Path) -> None:
+    """Of a model made so, of one that is told so later, and of what is exported and loaded again."""
+    narrow = {"embed_dim": 16, "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1), "num_classes": 0}
+    with pytest.raises(ValueError, match=r"windows of 14 do not fit; .*, or window_size=0, which adapts\.$"):
+        timm.create_model("mixmim_base", img_size=512, **narrow)
+    made = timm.create_model("mixmim_base", img_size=512, window_size=0, **narrow)
+    told = timm.create_model("mixmim_base", **narrow)
+    told.set_input_size(512, 0)
+    save(told, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    for model in (made, told, loaded):
+        assert [stage.window for stage in model.layers] == [(8, 8)] * 4
+        model.set_input_size(320)
+        assert [stage.window for stage in model.layers] == [(10, 10)] * 4
+    tables = [model.state_dict() for model in (told, loaded)]
+    assert all(torch.equal(tables[0][name], value) for name, value in tables[1].items())
 
 
 def test_dtype_device_and_freezing_stay() -> None:
