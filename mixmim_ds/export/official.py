@@ -18,6 +18,7 @@ from mixmim_ds.models.grids import PATCH
 INDEX = "relative_position_index"  # stored by others, derived from the window's size by us
 _TABLE = "absolute_pos_embed"
 _HEAD = "head.fc.weight"
+_OURS = "layers.3.downsample.reduction.weight"  # others have no merging in the last stage
 _NAMES = {32: "mixmim_tiny", 128: "mixmim_base", 192: "mixmim_large", 352: "mixmim_huge"}  # by channels of stage 1
 
 
@@ -51,10 +52,12 @@ def read_official(path: str | Path) -> OfficialFile:
     """Reads a file of the authors or of OpenMMLab, of pretraining or fine-tuning, at any image size.
 
     Raises:
-        ValueError: the file cannot be read, wants code to be run, or is of another model.
+        ValueError: the file cannot be read, wants code to be run, is of another model, or in our own layout.
     """
     path = Path(path)
     tensors = read_tensors(path)
+    if _OURS in tensors:
+        raise ValueError(f"{path} is in timm's layout already; give it to timm.create_model as checkpoint_path.")
     if layouts.is_openmmlab(tensors):
         tensors = layouts.openmmlab_to_authors(tensors)
     file = OfficialFile(path, *layouts.authors_to_ours(tensors))

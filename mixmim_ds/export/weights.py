@@ -73,12 +73,14 @@ def _build(config: Any) -> MixMIM | Classifier:
 def _find(source: Path) -> Checkpoint:
     """The best or newest complete checkpoint of a run folder, or the one that `source` itself is."""
     if not source.is_dir():
-        raise ValueError(f"{source} is no folder; give a run folder or one of its checkpoints.")
+        raise ValueError(f"{source} is no folder; give a run, one of its checkpoints or, where it is taken, an export.")
     if not (source / "checkpoints").is_dir():
+        if (source / "config.json").is_file():
+            raise ValueError(f"{source} is an export already; give the run that it was made of.")
         if not (source / MARKER).is_file():
             raise ValueError(
                 f"{source} is neither a run folder, which has checkpoints/, nor a complete checkpoint, which has "
-                f"{MARKER}."
+                f"{MARKER}, nor an export, which has config.json."
             )
         return read_whole_checkpoint(source.resolve())
     best = source.resolve() / "checkpoints" / BEST

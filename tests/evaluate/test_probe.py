@@ -141,7 +141,8 @@ def test_a_run_probes_itself_as_the_command_probes_it(labelled: Path, small_run:
 
 MISTAKES = {
     "random:giant": "random:giant names no size",
-    "nowhere": "EXPORT_OR_RUN: nowhere is no folder",
+    "nowhere": "EXPORT_OR_RUN: nowhere is no folder; give a run, one of its checkpoints or, where it is taken, an",
+    "tests": "EXPORT_OR_RUN: tests is neither a run folder, which has checkpoints/, nor a complete checkpoint",
     "--img-size 100": "img_size",
     "--batch 0": "--batch 0 must be positive",
     f"--seed {2**64}": "must be a whole number from 0 to 2^63-1",

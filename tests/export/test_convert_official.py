@@ -94,6 +94,15 @@ def test_mistakes_are_one_sentence(fine_tuned: tuple[MixMIMTransformer, Path], t
     assert file.read_bytes() == content and not list(tmp_path.glob("out*"))
 
 
+def test_an_export_is_known_as_one(fine_tuned: tuple[MixMIMTransformer, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    save_for_hf(fine_tuned[0], folder, safe_serialization=True)
+    assert "export is an export already; give the run that it was made of." in refusal(folder, tmp_path / "out")
+    said = refusal("--from-official", folder / "model.safetensors", tmp_path / "out")
+    assert "model.safetensors is in timm's layout already; give it to timm.create_model as checkpoint_path." in said
+    assert not (tmp_path / "out").exists()
+
+
 def spoil(folder: Path, how: str) -> str:
     """Makes an export something else; returns what is to be said of it."""
     weights, config = folder / "model.safetensors", folder / "config.json"
