@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import re
 import runpy
 import signal
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,12 @@ FORKS.set_forkserver_preload([
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One below those that Linux gives to outgoing connections, of which one could take it before the test does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def command(launcher: str, *overrides: str, processes: int = 2, script: str = "launch/pretrain.py") -> list[str]:
