@@ -117,6 +117,8 @@ def connect(timeout_s: int) -> World:
             "(deepspeed --master_port N, torchrun --master-port N, MASTER_PORT=N srun)."
         ) from error
     control: Any = dist.new_group(backend="gloo", timeout=timeout)
+    # Until all have met: the first rank serves their meeting, and may be about to end with a mistake.
+    dist.barrier(control)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
 
 

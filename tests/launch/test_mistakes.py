@@ -73,6 +73,14 @@ def test_processes_that_do_not_divide_the_batch_report_once(options: list[str], 
 
 
 @pytest.mark.slow
+def test_the_first_rank_ends_with_a_mistake_only_when_all_have_met(options: list[str]) -> None:
+    """Others were left meeting it, one in a few times; without a launcher nobody ends those."""
+    for _ in range(3):
+        printed = tasks(*options, "train.global_batch=40", processes=4, code=2)
+        assert printed.count("error: ") == 1 and "Traceback" not in printed, printed
+
+
+@pytest.mark.slow
 def test_a_folder_of_another_run_stays_as_it_is(options: list[str], tmp_path: Path) -> None:
     tasks(*options, processes=1)
     folder = tmp_path / "run"
