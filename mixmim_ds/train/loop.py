@@ -27,7 +27,6 @@ from mixmim_ds.train.distributed import (
     AgreedMistake,
     PeerLost,
     RankFailed,
-    StopRequest,
     World,
     connected,
     is_peer_lost,
@@ -44,6 +43,7 @@ from mixmim_ds.train.profiling import Profiler
 from mixmim_ds.train.restore import average_weights, load_weights
 from mixmim_ds.train.run_folder import earlier_weights, open_run_folder
 from mixmim_ds.train.run_log import log_failure
+from mixmim_ds.train.stop import StopRequest
 from mixmim_ds.zero_files import read_saved
 
 log = logging.getLogger("mixmim_ds")
