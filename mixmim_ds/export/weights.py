@@ -65,8 +65,7 @@ def read_weights(source: Path) -> Weights:
 def _build(config: Any) -> MixMIM | Classifier:
     """The model of a run, by the options in its config.yaml."""
     if "init" not in config:
-        options: Any = OmegaConf.to_container(config.model)
-        return build_model(ModelConfig(**options))  # an option that is younger than the run has its default
+        return build_model(config.model)
     return Classifier(config.model.encoder, config.model.img_size, len(config.data.classes))
 
 
@@ -93,9 +92,13 @@ def _find(source: Path) -> Checkpoint:
 
 
 def _read_config(run_dir: Path) -> Any:
+    """The options of a run; of its model, too, those that are younger than the run, which have their defaults."""
     try:
-        return OmegaConf.load(run_dir / "config.yaml")
+        config: Any = OmegaConf.load(run_dir / "config.yaml")
     except OSError as error:
         raise ValueError(
             f"{run_dir / 'config.yaml'} cannot be read ({error.strerror}); a checkpoint is converted in its run folder."
         ) from error
+    if "init" not in config:
+        config.model = OmegaConf.merge(ModelConfig, config.model)
+    return config

@@ -235,10 +235,13 @@ def test_a_bad_source_is_one_sentence(damage: object, sentence: str, own: Path, 
 
 
 def test_a_run_from_before_an_option_was_there_is_exported(own: Path, tmp_path: Path) -> None:
+    whole = converted(own, tmp_path / "whole", "--with-decoder")
     config = OmegaConf.load(own / "config.yaml")
     del config.model.group_attention, config.model.dual_reconstruction
     OmegaConf.save(config, own / "config.yaml")
-    converted(own, tmp_path / "out")
+    out = converted(own, tmp_path / "out", "--with-decoder")
+    for name in ("model.safetensors", "decoder.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_a_named_checkpoint_with_altered_bytes_is_refused(own: Path, tmp_path: Path) -> None:
