@@ -15,7 +15,10 @@ import mixmim_ds  # noqa: F401  registers the encoders
 
 IMAGES = torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+    "ignore:`torch.jit",
+    "ignore::torch.jit.TracerWarning",
+    "ignore:You are using the legacy TorchScript:DeprecationWarning",
+    "ignore:The feature will be removed:DeprecationWarning",
 )
 
 
