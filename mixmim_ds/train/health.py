@@ -30,7 +30,7 @@ from mixmim_ds.models import Classifier, build_model
 from mixmim_ds.train.distributed import RankFailed, RunFailed, World, connected, gather, rank_before_connecting
 from mixmim_ds.train.engine import Trained, engine_config
 from mixmim_ds.train.finetune import RANDOM
-from mixmim_ds.train.run_folder import check_run_folder, earlier_weights, facts_of
+from mixmim_ds.train.run_folder import check_run_folder, facts_of
 from mixmim_ds.train.slurm import PORTS, leave_out, node, nodes, places
 
 BUSY = 0.1  # of a GPU's memory; drivers and idle daemons take less
@@ -117,7 +117,7 @@ def _mistake(config: Config, size: int) -> str:
         images, facts = _open(config, progress=True)
         if images:
             plan_of(config, images[0].sizes, (1, 1), 0.5)  # which wants images for a step
-        if not earlier_weights(config, facts):
+        if config.resume != "weights":
             check_run_folder(config, facts)
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         _token(config).write_text(_signature())
