@@ -22,15 +22,25 @@ if TYPE_CHECKING:
 
 
 class DecoderBlock(Block):
-    """timm's ViT block, [B, L, D] -> [B, L, D], with activation checkpointing by option."""
+    """timm's ViT block, without its options, with activation checkpointing by option."""
 
     grad_checkpointing: bool = False
     selective: bool = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def residuals(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the block computes, without checkpointing; arguments as of `forward`."""
+        x = x + self.attn(self.norm1(x))
+        if mask is not None:
+            without_masked, without_visible = x.chunk(2)
+            x = masking.choose(without_masked, without_visible, mask)
+        return x + self.mlp(self.norm2(x))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Both sequences of every image, [2B, L, D] -> [2B, L, D], or given the `mask`, of the two tokens of each place
+        the one that counts, [B, L, D]."""
         if self.grad_checkpointing:
-            return recompute(super().forward, self.selective, x)
-        return super().forward(x)
+            return recompute(self.residuals, self.selective, x, mask)
+        return self.residuals(x, mask)
 
 
 def patchify(images: Tensor) -> Tensor:
@@ -119,12 +129,13 @@ class MixMIM(nn.Module):
         x = self.decoder_embed(tokens)
         sequences = masking.split(x, mask, self.mask_token.to(x.dtype))
         x = torch.cat(sequences) + self.decoder_pos_embed.to(x.dtype)
-        for block in self.decoder_blocks:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = block(x)
-        # Of the two predictions for a place only the one that did not see it counts; norm and projection are per
-        # token, so choosing before them gives the same and halves their work.
-        without_masked, without_visible = x.chunk(2)
-        return self.decoder_pred(self.decoder_norm(masking.choose(without_masked, without_visible, mask)))
+        # Of the two predictions for a place only the one that did not see it counts; what follows the last attention
+        # is per token, so choosing before it gives the same and halves its work.
+        x = last(x, mask)
+        return self.decoder_pred(self.decoder_norm(x))
 
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Dual reconstruction of a micro-batch.

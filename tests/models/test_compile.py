@@ -43,8 +43,8 @@ def test_blocks_of_all_rates_share_graphs(selective: bool) -> None:
 
 def test_pretraining_compiles_every_block() -> None:
     model = MixMIM("mixmim_tiny", 64, decoder_dim=64, decoder_depth=10, decoder_num_heads=2)
-    # one a stage and one for the decoder
-    assert graphs(model, torch.randn(2, 3, 64, 64), torch.tensor([[True, False], [False, True]])) <= 5
+    # one a stage, one for the decoder and one for its last block, which leaves half of the tokens out
+    assert graphs(model, torch.randn(2, 3, 64, 64), torch.tensor([[True, False], [False, True]])) <= 6
 
 
 def test_drop_path_leaves_out_images_at_its_rate() -> None:
