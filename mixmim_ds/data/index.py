@@ -89,7 +89,7 @@ def open_index(root: Path, index_dir: Path, progress: bool = False) -> Index:
 
 def _store(root: Path, index_dir: Path) -> Store[Index]:
     place = place_of(index_dir, os.fsencode(root))
-    return Store(place, partial(_wrap, root), partial(_directories_unchanged, root))
+    return Store(place, partial(_wrap, root), partial(_directories_unchanged, root), times="mtimes")
 
 
 def _wrap(root: Path, stored: Stored) -> Index:

@@ -44,7 +44,7 @@ class Listing:
 
     images: np.ndarray  # bytes [n], files with an image's extension, sorted
     others: int  # files of other kinds
-    directories: np.ndarray  # bytes [D]
+    directories: np.ndarray  # bytes [D], sorted
     mtimes: np.ndarray  # int64 [D], when entries were last added, removed or renamed, ns
 
 
@@ -79,7 +79,8 @@ def list_images(root: bytes, skip: bytes, progress: bool) -> Listing:
             images.append(np.array(found, "S"))
             others += len(files) - len(found)
             bar.update(len(found))
-    return Listing(np.sort(np.concatenate(images)), others, np.array(directories), np.array(mtimes))
+    order = np.argsort(directories)  # another copy is listed in another order
+    return Listing(np.sort(np.concatenate(images)), others, np.array(directories)[order], np.array(mtimes)[order])
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

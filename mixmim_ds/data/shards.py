@@ -93,7 +93,7 @@ def open_shards(pattern: str, index_dir: Path, progress: bool = False) -> ShardI
     paths = [path if s3.is_s3(path) else os.path.abspath(path) for path in find_shards(pattern)]
     source = pattern if s3.is_s3(pattern) else Path(pattern).absolute()
     place = place_of(index_dir, b"shards of " + os.fsencode(source))
-    store = Store(place, _wrap, partial(_shards_unchanged, paths))
+    store = Store(place, _wrap, partial(_shards_unchanged, paths), times="states")
     return store.open(lambda: _build(pattern, paths, progress))
 
 

@@ -1,19 +1,21 @@
 """How an index is kept: .npy files, memory-mapped, and meta.json, in a folder of their own.
 
 It is built beside that place and renamed into it: it is there as a whole or not at all, and builders that meet do
-each other no harm.
+each other no harm. Nodes that share the folder, but have copies of the source of their own, share the index as well:
+each adds when its copy was last changed, rather than to replace what others have mapped.
 """
 
 import errno
 import hashlib
 import json
 import mmap
+import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -46,6 +48,7 @@ class Store(Generic[T]):
     place: Path
     wrap: Callable[[Stored], T]
     unchanged: Callable[[Stored], bool]  # whether the source is as it was when the index was built
+    times: str = ""  # the array that tells copies of the same source apart, if one does
 
     def open(self, build: Callable[[], Stored]) -> T:
         """The index at its place, built there if none is or the source has changed since.
@@ -65,7 +68,7 @@ class Store(Generic[T]):
                 prefix=f"{self.place.name}.", dir=index_dir, ignore_cleanup_errors=True
             ) as scratch:
                 _write(Path(scratch, "index"), build())
-                return self._install(Path(scratch))
+                return self._share(Path(scratch)) or self._install(Path(scratch))
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(
@@ -78,12 +81,40 @@ class Store(Generic[T]):
             meta = (self.place / "meta.json").read_bytes()
             stored = _read(self.place)
             index = self.wrap(stored)
-            unchanged = self.unchanged(stored)
+            unchanged = any(map(self.unchanged, self._copies(stored)))
             # or else another builder has changed the place while it was read
             same = (self.place / "meta.json").read_bytes() == meta
         except (OSError, EOFError, ValueError, KeyError, TypeError):  # all that absent and damaged files lead to
             return None
         return index if unchanged and same else None
+
+    def _copies(self, stored: Stored) -> Iterator[Stored]:
+        """The index as it was built, and with the times of each copy that other nodes have found to be the same."""
+        yield stored
+        for file in sorted(self.place.glob(f"{self._added(stored)}*.npy")) if self.times else ():
+            with suppress(OSError, EOFError, ValueError):  # replaced meanwhile, or damaged: one of those to come may do
+                yield replace(stored, arrays=stored.arrays | {self.times: np.load(file)})
+
+    def _added(self, stored: Stored) -> str:
+        """How the names of added times begin; they are of no use to an index that has taken the place meanwhile."""
+        return f"{self.times}.{stored.meta['fingerprint'][:16]}."
+
+    def _share(self, scratch: Path) -> T | None:
+        """The index at its place, if scratch/index differs from it in nothing but the times, which are added to it."""
+        try:
+            new, there = _read(scratch / "index"), _read(self.place)
+            kept = new.arrays.keys() - {self.times}
+            same = (np.array_equal(new.arrays[name], there.arrays[name]) for name in kept)
+            if not self.times or new.meta != there.meta or not all(same):
+                return None
+            index = self.wrap(there)
+        except (OSError, EOFError, ValueError, KeyError, TypeError):  # as in `current`
+            return None
+        release(*there.arrays.values())
+        added = self.place / f"{self._added(new)}{platform.node()}.npy"
+        with suppress(OSError):  # of another user, or changed by another builder: the next start looks again
+            (scratch / "index" / f"{self.times}.npy").rename(added)
+        return index
 
     def _install(self, scratch: Path) -> T:
         """Move scratch/index to its place; an outdated index makes way for it, that of a faster builder stays."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -16,7 +17,7 @@ from index_files import contents, names, place_of, write_image
 
 from mixmim_ds.data import index as index_module
 from mixmim_ds.data import storage
-from mixmim_ds.data.index import open_index
+from mixmim_ds.data.index import Index, open_index
 
 
 def test_a_second_open_reads_no_image(root: Path, index_dir: Path, headers_read: list[bytes]) -> None:
@@ -59,6 +60,33 @@ def test_an_index_in_use_outlives_its_replacement(root: Path, index_dir: Path) -
     write_image(root / "a.png")
     assert len(open_index(root, index_dir)) == 6
     assert names(old)[0] == "cat/z.Jpeg" and old.sizes.sum() == 170
+
+
+def test_nodes_with_copies_of_their_own_share_an_index(
+    root: Path, index_dir: Path, headers_read: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that lie under the same name, made at other times."""
+    copies = [shutil.copytree(root, root.with_name(f"n{number}")) for number in range(3)]
+    for number, copy in enumerate(copies):
+        for folder in [copy, *copy.rglob("*/")]:
+            os.utime(folder, (0, number))
+
+    def open_on(number: int) -> Index:
+        monkeypatch.setattr(platform, "node", lambda: f"n{number}")
+        copies[number].rename(root.with_name("scratch"))
+        try:
+            return open_index(root.with_name("scratch"), index_dir)
+        finally:
+            root.with_name("scratch").rename(copies[number])
+
+    first = [open_on(number) for number in range(3)]
+    assert len(headers_read) == 15 and len({index.fingerprint for index in first}) == 1
+    held = os.stat(place_of(index_dir) / "paths.npy").st_ino
+    for number in (1, 0, 2, 1):
+        assert contents(open_on(number))[1:] == contents(first[0])[1:]
+    assert len(headers_read) == 15 and os.stat(place_of(index_dir) / "paths.npy").st_ino == held
+    write_image(copies[1] / "new.png")
+    assert [len(open_on(number)) for number in (1, 2)] == [6, 5], "as it is there"
 
 
 def truncate(path: Path) -> None:
