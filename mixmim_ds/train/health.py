@@ -1,7 +1,7 @@
 """Whether every node is fit for a run, asked before it starts; who is not is named, nothing is excluded.
 
-First every rank looks around by itself and reports to rank 0 through a plain TCP store, which a dead or broken node
-cannot block. Only when all are well do they meet as the run would.
+First every rank looks around by itself and reports to rank 0 (`word`). Only when all are well do they meet as the run
+would.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,8 +30,9 @@ from mixmim_ds.models import Classifier, build_model
 from mixmim_ds.train.distributed import RankFailed, RunFailed, World, connected, gather, rank_before_connecting
 from mixmim_ds.train.engine import Trained, engine_config
 from mixmim_ds.train.finetune import RANDOM
-from mixmim_ds.train.run_folder import check_run_folder, facts_of
-from mixmim_ds.train.slurm import PORTS, leave_out, node, nodes, places
+from mixmim_ds.train.run_folder import check_run_folder, facts_of, unwritable
+from mixmim_ds.train.slurm import leave_out, node, nodes, places
+from mixmim_ds.train.word import first_does, open_store
 
 BUSY = 0.1  # of a GPU's memory; drivers and idle daemons take less
 CLOCKS_S = 5.0  # tokens, build tools and the reader of the logs get confused beyond that; NTP keeps milliseconds
@@ -60,72 +61,38 @@ def healthcheck(config: Config, wait_s: int) -> None:
     """
     rank = rank_before_connecting()
     size = int(os.environ.get("WORLD_SIZE", 1))
-    store = _open_store(rank, config.train.start_timeout_s + 2 * wait_s)
-    mistake = _told(store, rank, size, "mistake", lambda: _mistake(config, size))
-    if mistake:
-        raise ValueError(mistake)
+    store = open_store(rank, config.train.start_timeout_s + 2 * wait_s)
+    first_does(store, rank, size, "options", lambda: _check_options(config, size))
     store.set(f"finding {rank}", json.dumps(asdict(look(config))))
-    verdict = _told(store, rank, size, "verdict", lambda: _judge(_collect(store, size, wait_s)))
-    if rank == 0:
-        _token(config).unlink(missing_ok=True)
-    if verdict:
-        raise RunFailed(verdict)
+    first_does(store, rank, size, "findings", lambda: _check_nodes(config, _collect(store, size, wait_s)))
     _meet(wait_s)
 
 
-def _open_store(rank: int, timeout_s: int) -> dist.Store:
-    """Where ranks leave word; rank 0 keeps it, on a port of its own.
+def _check_options(config: Config, size: int) -> None:
+    """Whether the options are in order as the first node sees them, and the run folder is to be had there; the other
+    nodes then look for what this one leaves in it.
 
-    Args:
-        timeout_s: seconds that other ranks wait for what rank 0 has to do first, building the index too.
+    Raises:
+        ValueError: an option does not go with the others, the data or the run folder.
+        OSError: the run folder cannot be written for now.
     """
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), _port(int(os.environ.get("MASTER_PORT", 0)))
-    try:
-        return dist.TCPStore(address, port, None, rank == 0, timedelta(seconds=timeout_s), wait_for_workers=False)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise RankFailed(f"{node()} cannot reach node {nodes()[0]} at {address}:{port} ({reason}).") from error
-
-
-def _port(rendezvous: int) -> int:
-    """Another port than that of the run's rendezvous, found alike by all ranks; any (0) where there is none."""
-    return rendezvous and (rendezvous + PORTS if rendezvous + PORTS < 1 << 16 else rendezvous - PORTS)
-
-
-def _told(store: dist.Store, rank: int, size: int, name: str, say: Callable[[], str]) -> str:
-    """What rank 0 has to say, on every rank; if that ends the check, rank 0, which keeps the store, waits for them."""
-    if rank:
-        text = store.get(name).decode()
-        store.add(f"{name} heard", 1)
-        return text
-    text = say()
-    store.set(name, text)
-    deadline = time.monotonic() + 5
-    while text and store.add(f"{name} heard", 0) < size - 1 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return text
-
-
-def _mistake(config: Config, size: int) -> str:
-    """What is wrong with the options as the first node sees it, and would be anywhere; empty if nothing is."""
     if isinstance(config, FinetuneConfig) and config.eval_only:
-        return "eval_only=true starts no run, which the check is for; take it out."
+        raise ValueError("eval_only=true starts no run, which the check is for; take it out.")
+    engine_config(config, size)
+    _model_on_meta(config)
+    _check_init(config)
+    images, facts = _open(config, progress=True)
+    if images:
+        plan_of(config, images[0].sizes, (1, 1), 0.5)  # which wants images for a step
+    if config.resume != "weights":
+        check_run_folder(config, facts)
     try:
-        engine_config(config, size)
-        _model_on_meta(config)
-        _check_init(config)
-        images, facts = _open(config, progress=True)
-        if images:
-            plan_of(config, images[0].sizes, (1, 1), 0.5)  # which wants images for a step
-        if config.resume != "weights":
-            check_run_folder(config, facts)
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         _token(config).write_text(_signature())
-    except ValueError as error:
-        return str(error)
     except OSError as error:
-        return f"run_dir={config.run_dir} cannot be written on {node()} ({error.strerror}); choose another run_dir."
-    return ""
+        with suppress(OSError):  # a full disk takes a file, but not what is in it
+            _token(config).unlink()
+        raise unwritable(Path(config.run_dir), error) from error
 
 
 def _model_on_meta(config: Config) -> Trained:
@@ -238,6 +205,14 @@ def _collect(store: dist.Store, size: int, wait_s: int) -> list[Finding]:
             for name, key in zip(names, keys, strict=True)
         ]
     return [Finding(**json.loads(store.get(key))) for key in keys]
+
+
+def _check_nodes(config: Config, findings: list[Finding]) -> None:
+    """RunFailed if a node is not fit."""
+    verdict = _judge(findings)
+    _token(config).unlink(missing_ok=True)
+    if verdict:
+        raise RunFailed(verdict)
 
 
 def _judge(findings: list[Finding]) -> str:

@@ -1,5 +1,7 @@
 """What the healthcheck finds on nodes and says of them; on a cluster: tests/slurm."""
 
+import errno
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from launching import free_port, typed
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
-from mixmim_ds.train import health
+from mixmim_ds.train import health, slurm, word
 from mixmim_ds.train.distributed import RunFailed, World
 from mixmim_ds.train.health import Finding, _judge, healthcheck, look
 
@@ -96,6 +98,23 @@ def test_two_checkpoints_must_fit(config: PretrainConfig, monkeypatch: pytest.Mo
     assert "has 0.0 GiB left, two checkpoints take" in fault
 
 
+@pytest.mark.parametrize(
+    ("number", "kind", "advice"),
+    [(errno.ENOSPC, RunFailed, "make room there, or"), (errno.EROFS, ValueError, "")],
+    ids=["full", "read-only"],
+)
+def test_a_full_disk_may_pass_and_is_no_mistake(
+    number: int, kind: type[Exception], advice: str, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(health, "_signature", fail)  # as it is written
+    with pytest.raises(kind, match=rf"cannot be written \({os.strerror(number)}\); {advice} ?choose another run_dir"):
+        healthcheck(config, wait_s=1)
+    assert not Path(config.run_dir, "healthcheck").exists()
+
+
 def test_gpus_that_slurm_gave_must_be_there(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "on_gpu", lambda: False)
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
@@ -134,7 +153,7 @@ def test_a_node_whose_clock_is_astray_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_checks_port_is_one_that_exists() -> None:
-    assert [health._port(given) for given in (0, 29_500, 55_535, 60_000)] == [0, 39_500, 65_535, 50_000]
+    assert [word.port_beside(given) for given in (0, 29_500, 55_535, 60_000)] == [0, 39_500, 65_535, 50_000]
 
 
 def test_nodes_that_cannot_meet_are_one_sentence(
@@ -151,7 +170,7 @@ def test_a_silent_node_is_named(config: PretrainConfig, monkeypatch: pytest.Monk
     config.train.global_batch = 32
     place = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "SLURM_STEP_NODELIST": "n[1-2]"}
     place |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
-    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port() - health.PORTS)}).items():
+    for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port() - slurm.PORTS)}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RunFailed, match="Node n2 is not fit: no answer within 1 s") as raised:
         healthcheck(config, wait_s=1)
