@@ -43,7 +43,7 @@ def test_every_recipe_composes_and_its_batch_divides_over_its_gpus(recipe: str) 
         config = load_config([*RUN, f"+experiment={recipe}"])
     size = {"b": "base", "l": "large", "h": "huge"}[recipe.split("_")[1]]
     assert config.model.encoder == f"mixmim_{size}" + ("_384" if recipe.endswith("384") else "")
-    assert config.train.epochs == int(re.search(r"(\d+)\s+epochs", header)[1])
+    assert config.train.epochs == int(re.search(r"(\d+)\s+epochs", header)[1]) and config.compile
     gpus, images = map(int, re.search(r"(\d+)\s+GPUs x (\d+)", header).groups())
     assert images == config.train.micro_batch and config.train.global_batch % (images * gpus) == 0
     assert all(word in header for word in ("published", "our choice", "expected", f"+experiment={recipe}"))

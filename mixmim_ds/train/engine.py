@@ -145,7 +145,9 @@ def build_engine(config: RunConfig, model: Trained, world: World, scale_of: Scal
     model.set_grad_checkpointing(mode != "none", mode == "selective")
     if config.compile:
         for block in model.blocks():
-            block.compile(dynamic=False)  # a graph for each stage, in which every size is a number
+            # A graph for each stage, in which every size is a number. Drop path draws the numbers that it draws
+            # without: those of the compiler's own generator are others.
+            block.compile(dynamic=False, options={"fallback_random": True})
     elif world.device.type == "cpu" and config.precision == "fp32" and torch.backends.mkldnn.is_available():
         use_onednn(model)
     optimizer = adamw(model, config.optim, scale_of)

@@ -25,7 +25,8 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available(),
         reason="no GPU: would train in bf16 and fp16, compiled or not, without a host sync in passes, go on in fp16 "
-        "with its loss scale, fine-tune with all augmentation, twice alike, and trace kernels and memory",
+        "with its loss scale, fine-tune with all augmentation, compiled or not, twice alike, and trace kernels "
+        "and memory",
     ),
 ]
 
@@ -83,12 +84,13 @@ def test_fp16_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     assert scalers[0].cur_scale < OVERSCALED
 
 
-def test_fine_tuning_with_all_augmentation_gives_the_same_twice(labelled: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["compile=false", "compile=true"])
+def test_fine_tuning_with_all_augmentation_gives_the_same_twice(compiled: str, labelled: Path, tmp_path: Path) -> None:
     """RandAugment in its processes beside a GPU that decodes, erasing and mixing on it; judged in half precision."""
     options = [
         "model=tiny", "model.img_size=64", f"data.root={labelled}", f"data.index_dir={tmp_path / 'index'}",
         "init=random", "train.global_batch=32", "train.micro_batch=32", "train.epochs=3", "train.log_every=1",
-        "optim.warmup_epochs=0", "optim.base_lr=8e-3", "augment.workers=2",
+        "optim.warmup_epochs=0", "optim.base_lr=8e-3", "augment.workers=2", compiled,
     ]  # fmt: skip
     losses, scores = [], []
     for name in ("once", "again"):
