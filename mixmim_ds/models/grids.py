@@ -1,6 +1,7 @@
 """Which grids of tokens an image size gives the four stages, and which windows cut them."""
 
 from collections.abc import Sequence
+from itertools import count
 
 PATCH = 4  # pixels of a token's side in the first stage
 CELL = 32  # pixels of a mask cell's side: one token of the last stage
@@ -35,13 +36,24 @@ def stage_windows(img_size: Shape, window_size: Windows, stages: int) -> list[tu
     windows = [(min(side, rows), min(side, columns)) for side, (rows, columns) in zip(sides, grids, strict=True)]
     for stage, (grid, window) in enumerate(zip(grids, windows, strict=True)):
         if grid[0] % window[0] or grid[1] % window[1]:
+            near = "x".join(str(_nearest_fitting(pixels, sides)) for pixels in img_size)
             raise ValueError(
                 f"img_size={img_size[0]}x{img_size[1]} gives stage {stage + 1} a grid of {grid[0]}x{grid[1]} tokens "
-                f"that windows of {sides[stage]} do not fit; choose another img_size, other windows, or "
-                "window_size=0, which adapts."
+                f"that windows of {sides[stage]} do not fit; choose another img_size, of which {near} is the nearest "
+                "that fits, or in Python other windows or window_size=0, which adapts."
             )
     return list(zip(grids, windows, strict=True))
 
 
 def _fitting_side(grid: Shape) -> int:
     return max(side for side in range(1, _LARGEST + 1) if grid[0] % side == 0 == grid[1] % side)
+
+
+def _nearest_fitting(pixels: int, sides: Sequence[int]) -> int:
+    """The side of an image, in pixels, that windows of these sides fit, one for each stage; the lower of two."""
+
+    def fits(near: int) -> bool:
+        grids = [near // (PATCH << stage) for stage in range(len(sides))]
+        return near > 0 and all(grid % min(side, grid) == 0 for grid, side in zip(grids, sides, strict=True))
+
+    return next(near for far in count(0, CELL) for near in (pixels - far, pixels + far) if fits(near))

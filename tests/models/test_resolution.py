@@ -159,6 +159,8 @@ def test_a_file_of_no_known_shape_is_one_sentence() -> None:
     ("arguments", "sentence"),
     [
         ({"img_size": 256}, "img_size=256x256 gives stage 1 a grid of 64x64 tokens that windows of 14 do not fit"),
+        ({"img_size": (256, 224)}, "choose another img_size, of which 224x224 is the nearest that fits, or in Python"),
+        ({"img_size": (32, 352)}, "a grid of 8x88 tokens that .* of which 32x448 is the nearest that fits"),
         ({"img_size": (224, 100)}, "img_size=224x100 must be a multiple of 32"),
         ({"window_size": (7, 7, 5, 7)}, "gives stage 3 a grid of 14x14 tokens that windows of 5 do not fit"),
         (
@@ -193,7 +195,9 @@ def test_base_at_384_is_its_own_registered_size() -> None:
 def test_windows_of_0_adapt_to_every_size(tmp_path: Path) -> None:
     """Of a model made so, of one that is told so later, and of what is exported and loaded again."""
     narrow = {"embed_dim": 16, "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1), "num_classes": 0}
-    with pytest.raises(ValueError, match=r"windows of 14 do not fit; .*, or window_size=0, which adapts\.$"):
+    with pytest.raises(
+        ValueError, match=r"do not fit; .* or in Python other windows or window_size=0, which adapts\.$"
+    ):
         timm.create_model("mixmim_base", img_size=512, **narrow)
     made = timm.create_model("mixmim_base", img_size=512, window_size=0, **narrow)
     told = timm.create_model("mixmim_base", **narrow)
