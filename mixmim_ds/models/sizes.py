@@ -1,5 +1,6 @@
 """The encoder's sizes, as registered with timm."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from mixmim_ds.models.encoder import MixMIMTransformer, checkpoint_filter_fn
+from mixmim_ds.models.encoder import Fitted, MixMIMTransformer, checkpoint_filter_fn
 from mixmim_ds.models.grids import CELL
 
 
@@ -50,6 +51,18 @@ default_cfgs = generate_default_cfgs(
 _WINDOWS_384 = (16, 16, 24, 12)
 
 
+def _fit(state_dict: Mapping[str, Any], model: MixMIMTransformer, backbone: bool) -> Fitted:
+    """As `checkpoint_filter_fn`; the head of a `backbone` is of no account, timm drops it once the weights are loaded.
+
+    timm leaves out a file's head unless pretrained_cfg says that it has the model's classes, which one of our names
+    does not of a file that it is given (`pretrained_cfg_overlay`): a head that fits is kept.
+    """
+    head = state_dict.get("head.fc.weight")
+    if head is not None and len(head) == model.num_classes:
+        model.pretrained_cfg["num_classes"] = model.num_classes
+    return checkpoint_filter_fn(state_dict, model, warn=not backbone)
+
+
 def _build(
     variant: str,
     pretrained: bool,
@@ -59,8 +72,7 @@ def _build(
 ) -> MixMIMTransformer:
     """`device`, `dtype`: where and as what the model is made, as timm's own models take them."""
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    # timm drops the head of a backbone only after the weights are loaded
-    fit = partial(checkpoint_filter_fn, warn=not kwargs.get("features_only"))
+    fit = partial(_fit, backbone=bool(kwargs.get("features_only")))
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             MixMIMTransformer, variant, pretrained,

@@ -71,3 +71,14 @@ def test_a_classifier_that_keeps_its_weights_is_told_of_once(
         else:
             tiny(options["num_classes"]).load_state_dict(timm.models.load_state_dict(path))
         assert caplog.text.count("The checkpoint has no head") == expected, kind
+
+
+@pytest.mark.parametrize(("classes", "kept"), [(3, True), (5, False)])
+def test_the_head_of_an_overlay_file_is_kept_if_it_fits(classes: int, kept: bool, files: dict[str, str]) -> None:
+    """The config of the name, which says 1000 classes, has no say in it."""
+    path = files["three file"]
+    overlay, options = {"file": path}, {"img_size": 64, "num_classes": classes}
+    model = timm.create_model("mixmim_tiny", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    head = timm.models.load_state_dict(path)["head.fc.weight"]
+    assert torch.equal(model.get_classifier().weight, head) == kept
+    assert len(model.get_classifier().weight) == classes
