@@ -24,6 +24,9 @@ class WindowAttention(nn.Module):
         window: rows and columns of a window; the grid is a multiple of both.
         attn_drop: dropout rate of the attention weights.
         proj_drop: dropout rate of the output.
+
+    Raises:
+        ValueError: dim is no multiple of num_heads.
     """
 
     relative_position_index: Tensor
@@ -32,6 +35,8 @@ class WindowAttention(nn.Module):
         self, dim: int, num_heads: int, window: tuple[int, int], attn_drop: float = 0.0, proj_drop: float = 0.0
     ) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide the {dim} channels of its stage.")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.window = window
@@ -44,6 +49,7 @@ class WindowAttention(nn.Module):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("relative_position_index", None, persistent=False)
         self.init_non_persistent_buffers()
+        self.register_load_state_dict_post_hook(WindowAttention._follow)
 
     @torch.jit.ignore
     def set_window(self, window: Shape) -> None:
@@ -61,6 +67,12 @@ class WindowAttention(nn.Module):
         """Computes the indices, which no file holds; timm's name for it, for models from the meta device."""
         device = self.relative_position_bias_table.device
         self.relative_position_index = gen_relative_position_index(self.window, device=device)
+
+    @torch.jit.ignore
+    def _follow(self, _: object) -> None:
+        """The indices go where weights that were loaded with assign=True are, from the meta device as a rule."""
+        if self.relative_position_index.device != self.relative_position_bias_table.device:
+            self.init_non_persistent_buffers()
 
     def bias(self, windows: int, same_image: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What is added to the attention's logits, [G*K, N, N]: the position bias, -inf between two images."""

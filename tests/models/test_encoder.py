@@ -68,3 +68,8 @@ def test_position_table_is_the_reference_and_travels_with_the_weights() -> None:
 def test_an_image_size_that_does_not_fit_is_refused_in_one_sentence(name: str, img_size: int, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         timm.create_model(name, img_size=img_size)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_heads=3 must divide the 32 channels of its stage\.$"):
+        timm.create_model("mixmim_tiny", num_heads=(3, 6, 12, 24))

@@ -119,3 +119,14 @@ def test_a_model_from_the_meta_device_gets_its_indices_back() -> None:
     empty.load_state_dict(model.state_dict())
     reinit_non_persistent_buffers(empty)
     assert torch.equal(empty(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_that_a_model_on_the_meta_device_is_assigned_are_all_it_needs(wrapped: bool) -> None:
+    """Of a module that holds an encoder, too."""
+    model, hidden = tiny(), tiny(device="meta")
+    if wrapped:
+        nn.Sequential(hidden).load_state_dict(nn.Sequential(model).state_dict(), assign=True)
+    else:
+        hidden.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(hidden(IMAGES), model(IMAGES))
