@@ -62,16 +62,23 @@ def load_encoder(source: str, seed: int, option: str, head: bool = False) -> Mix
         head: with the classifier that it has, if it has one.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is not made for colour.
     """
     try:
-        if source.startswith(RANDOM):
-            return _untrained(source, seed)
-        if Path(source, "config.json").is_file():
-            return load_exported(Path(source), head)
-        return _of_run(Path(source), head)
+        encoder = _load(source, seed, head)
+        if encoder.in_chans != 3:
+            raise ValueError(f"{source} takes {encoder.in_chans} channels, images have 3; give an encoder of 3.")
+        return encoder
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
+
+
+def _load(source: str, seed: int, head: bool) -> MixMIMTransformer:
+    if source.startswith(RANDOM):
+        return _untrained(source, seed)
+    if Path(source, "config.json").is_file():
+        return load_exported(Path(source), head)
+    return _of_run(Path(source), head)
 
 
 def _untrained(source: str, seed: int) -> MixMIMTransformer:
@@ -102,6 +109,17 @@ def normalise_of(encoder: MixMIMTransformer, device: torch.device) -> Normalise:
     return Normalise(options["mean"], options["std"], device)
 
 
+def side_of(encoder: MixMIMTransformer) -> int:
+    """Pixels of the side of the squares that the encoder takes. ValueError if they are no squares."""
+    height, width = encoder.patch_embed.img_size
+    if height != width:
+        raise ValueError(
+            f"the encoder takes images of {height}x{width} pixels, and squares are shown to it; give it another size "
+            "(--img-size of a probe, set_input_size in Python)."
+        )
+    return int(height)
+
+
 @torch.no_grad()
 def extract(
     encoder: MixMIMTransformer, view: View, images: Labelled, device: torch.device, threads: int, batch: int,
@@ -112,9 +130,10 @@ def extract(
     or an export of it, which does not say how it was trained.
 
     Raises:
+        ValueError: the encoder takes no squares.
         DataFailed: nothing can be decoded any more.
     """
-    pixels, normalise = encoder.patch_embed.img_size[0], normalise_of(encoder, device)
+    pixels, normalise = side_of(encoder), normalise_of(encoder, device)
     encoder = encoder.to(device).eval()
     batches = CentralBatches(images.images, pixels, normalise, device, threads, batch, rank, size)
     total = -(-len(images) // batch) // size

@@ -19,7 +19,7 @@ from mixmim_ds.data.loader import Normalise, Share
 from mixmim_ds.data.recover import DataFailed
 from mixmim_ds.device import DTYPES
 from mixmim_ds.evaluate.accuracy import count, scores
-from mixmim_ds.evaluate.features import load_encoder, normalise_of
+from mixmim_ds.evaluate.features import load_encoder, normalise_of, side_of
 from mixmim_ds.evaluate.pictures import Picture, draw_batch
 from mixmim_ds.export.to_timm import Form, export_run
 from mixmim_ds.finetune_config import FinetuneConfig
@@ -69,7 +69,7 @@ def evaluate(config: FinetuneConfig) -> int:
     """Judges the classifier that `init` is, on all processes; prints its scores as JSON on the last line.
 
     Raises:
-        ValueError: it has no classifier, or not one for the classes of the data.
+        ValueError: it has no classifier, or not one for the classes of the data, or takes no squares.
         RankFailed: the images cannot be read any more.
     """
     with connected(config.train.start_timeout_s) as world:
@@ -145,14 +145,14 @@ def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> 
         ValueError: there is none, or it is of another size.
     """
     source = load_encoder(config.init, config.train.seed, "init", head=True)
-    found, own = dict(source.named_parameters()), dict(model.encoder.named_parameters())
-    fixed = {name: p.shape for name, p in found.items() if "bias_table" not in name and not name.startswith("head.")}
-    if any(name not in own or own[name].shape != shape for name, shape in fixed.items()):
+    if _shapes(source) != _shapes(model.encoder):
+        name, asked = source.pretrained_cfg["architecture"], config.model.encoder
         raise ValueError(
-            f"init={config.init} holds {source.pretrained_cfg['architecture']}, not {config.model.encoder}; take the "
-            "model option that fits it."
+            f"init={config.init} holds {name}, not {asked}; take the model option that fits it."
+            if name != asked
+            else f"init={config.init} holds a {name} of other depths or widths than the name has; give one of them."
         )
-    known = tells(source, classes)
+    known = tells(source, classes) and source.global_pool == model.encoder.global_pool
     head = {} if known else {name: p for name, p in model.encoder.state_dict().items() if name.startswith("head.")}
     model.encoder.load_state_dict(source.state_dict() | head)
     if not known:
@@ -160,6 +160,12 @@ def load_init(model: Classifier, config: FinetuneConfig, classes: list[str]) -> 
     if source.pretrained_cfg.get("label_names"):
         return f"that of init={config.init}"
     return f"that of init={config.init}, which names no classes: they are taken for those of data.root, in their order"
+
+
+def _shapes(encoder: MixMIMTransformer) -> dict[str, torch.Size]:
+    """Of the parameters that neither the image size nor the classes change."""
+    shapes = {name: parameter.shape for name, parameter in encoder.named_parameters()}
+    return {name: shape for name, shape in shapes.items() if "bias_table" not in name and not name.startswith("head.")}
 
 
 def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[[Path], dict[str, float]]:
@@ -180,7 +186,7 @@ def _score(
 ) -> dict[str, float]:
     """Of all images that can be decoded, shared out among the ranks; in half precision where the run is."""
     dtype = DTYPES[config.precision]
-    size, threads = encoder.patch_embed.img_size[0], config.data.threads or share_of_cores()
+    size, threads = side_of(encoder), config.data.threads or share_of_cores()
 
     def classify(images: Tensor) -> Tensor:
         with torch.autocast(world.device.type, dtype, enabled=dtype is not torch.float32):

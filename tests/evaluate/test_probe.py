@@ -106,6 +106,14 @@ def test_vectors_are_those_of_the_central_crop_in_the_order_of_the_index(
         torch.testing.assert_close(vectors[i], expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
+def test_an_encoder_of_images_that_are_no_squares_is_refused(labelled: Path, tmp_path: Path) -> None:
+    encoder = load_encoder("random:tiny", 0, "source")
+    encoder.set_input_size((64, 96))
+    images = Labelled(open_index(labelled / "val", tmp_path), torch.arange(73), [])
+    with pytest.raises(ValueError, match="takes images of 64x96 pixels, .* give it another size"):
+        extract(encoder, View(), images, CPU, threads=1, batch=32)
+
+
 @pytest.mark.slow
 def test_the_command_probes_runs_and_exports_alike(
     labelled: Path, stage_run: Callable[[str, str], Path], tmp_path: Path

@@ -10,6 +10,7 @@ import timm
 import torch
 from launching import tasks
 from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
 from tuning import PLAIN, SCRIPT
 
 from mixmim_ds.compose import load_finetune_config
@@ -63,6 +64,15 @@ def test_a_classifier_that_does_not_name_its_classes_is_kept_if_it_has_as_many(
     model = Classifier("mixmim_tiny", 64, 13)
     assert "they are taken for those of data.root" in load_init(model, config, list("ABCDEFGHIJKLM"))
     assert torch.equal(model.encoder.head.fc.weight, tuned.head.fc.weight)
+
+
+@pytest.mark.parametrize("pool", ["max", "catavgmax"])
+def test_a_classifier_of_features_pooled_in_another_way_is_replaced(
+    pool: str, options: list[str], tmp_path: Path
+) -> None:
+    save_for_hf(timm.create_model("mixmim_tiny", img_size=64, num_classes=2, global_pool=pool), tmp_path)
+    config = load_finetune_config([*options, "run_dir=UNUSED", f"init={tmp_path}"])
+    assert load_init(Classifier("mixmim_tiny", 64, 2), config, ["a", "b"]).startswith("new, the encoder that of")
 
 
 def layers_of_tiny() -> dict[str, int]:

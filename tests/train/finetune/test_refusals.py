@@ -5,8 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 from launching import tasks
+from timm.models._hub import save_for_hf
 from tuning import SCRIPT
+
+from mixmim_ds.compose import load_finetune_config
+from mixmim_ds.models import Classifier
+from mixmim_ds.train.finetune import load_init
 
 
 def one_class(root: Path) -> None:
@@ -55,6 +61,24 @@ def test_a_mistake_is_one_sentence(
     printed = tasks(*words, processes=1, code=2, script=SCRIPT)
     errors = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence in errors[0] and "Traceback" not in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        ({"depths": (1, 1, 2, 1)}, "TIMM holds a mixmim_tiny of other depths or widths than the name has; give one of"),
+        ({"depths": (1, 1, 6, 1)}, "TIMM holds a mixmim_tiny of other depths or widths"),
+        ({"in_chans": 1}, "init: TIMM takes 1 channels, images have 3; give an encoder of 3."),
+    ],
+)
+def test_what_timm_made_another_way_is_no_init(
+    made: dict[str, object], sentence: str, options: list[str], tmp_path: Path
+) -> None:
+    save_for_hf(timm.create_model("mixmim_tiny", img_size=64, num_classes=13, **made), tmp_path)
+    config = load_finetune_config([*options, "run_dir=UNUSED", f"init={tmp_path}"])
+    with pytest.raises(ValueError) as error:
+        load_init(Classifier("mixmim_tiny", 64, 13), config, [])
+    assert sentence.replace("TIMM", str(tmp_path)) in str(error.value)
 
 
 def test_a_run_goes_on_with_its_own_init_alone(straight: Path, options: list[str]) -> None:
