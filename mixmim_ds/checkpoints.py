@@ -4,10 +4,14 @@ A checkpoint exists when a folder bears its name and holds COMPLETE.json, which 
 """
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MARKER = "COMPLETE.json"
+OWNER = ".owner"  # in a hidden folder that is filled: the machine of the process at work there, which locks it
 BEST = "best"  # beside the checkpoints, the name of the one that was judged best
 log = logging.getLogger(__name__)
 
@@ -37,15 +42,34 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, which then gets the name; if the filling fails nothing is left of it. A process that is
-    killed meanwhile leaves a hidden folder, whose name begins with a dot and this one's."""
+    killed meanwhile leaves a hidden folder, whose name begins with a dot and this one's, until the next one fills a
+    folder of this name on the same machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*/{OWNER}"):
+        _remove_if_left(leftover)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch,
+        Path(scratch, OWNER).open("w") as owner,
+    ):
+        with suppress(OSError):  # of a disk without locks: then nobody removes what is left
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            owner.write(platform.node())
+            owner.flush()
         # One folder deeper: the temporary one is closed to other users, which the new one must not be.
         draft = Path(scratch, path.name)
         draft.mkdir()
         yield draft
         draft.rename(path)
     sync(path.parent)
+
+
+def _remove_if_left(owner: Path) -> None:
+    """Removes the hidden folder of a `whole_folder` whose process is gone; that of another machine may be alive, for
+    not every disk tells of its locks."""
+    with suppress(OSError), owner.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however a process ends
+        if file.read() == platform.node():  # nothing while its process is about to lock it
+            shutil.rmtree(owner.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
