@@ -9,12 +9,11 @@ import argparse
 import resource
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
-from mixmim_ds.commands import exit_code
+from mixmim_ds.commands import exit_code, typed_path
 from mixmim_ds.export.card import how_to_load
 from mixmim_ds.export.to_official import export_official
 from mixmim_ds.export.to_timm import Form, export_file, export_run
@@ -44,8 +43,10 @@ def main() -> int:
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--from-official", action="store_true", help="SOURCE is the authors' or OpenMMLab's file")
     direction.add_argument("--to-official", action="store_true", help="OUT is a file to write in the authors' layout")
-    parser.add_argument("source", type=Path, help="a run (its newest checkpoint), one of its checkpoints, or as above")
-    parser.add_argument("out", type=Path, help="the folder to create: model.safetensors, config.json, README.md")
+    parser.add_argument(
+        "source", type=typed_path, help="a run (its newest checkpoint), one of its checkpoints, or as above"
+    )
+    parser.add_argument("out", type=typed_path, help="the folder to create: model.safetensors, config.json, README.md")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
     parser.add_argument("--with-decoder", action="store_true", help="also write decoder.safetensors")
     parser.add_argument(

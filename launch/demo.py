@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import mixmim_ds  # noqa: F401  registers the encoder that timm loads below
-from mixmim_ds.commands import environment, exit_code, launched
+from mixmim_ds.commands import environment, exit_code, launched, typed_path
 from mixmim_ds.config import ROOT
 from mixmim_ds.device import gpus
 from mixmim_ds.json_lines import read_rows
@@ -75,7 +75,7 @@ def extract_picture(run_dir: Path, path: Path) -> None:
 def main() -> int:
     """Runs the demo and prints where everything is."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for the photographs, the run and what is drawn from it")
+    parser.add_argument("out", type=typed_path, help="folder for the photographs, the run and what is drawn from it")
     out = parser.parse_args().out.resolve()
     run_dir, exported = out / "run", out / "timm"
     call(sys.executable, "launch/photographs.py", str(out / "photographs"), "--views", "4")

@@ -21,7 +21,7 @@ from typing import NoReturn
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mixmim_ds.commands import environment, exit_code, launched
+from mixmim_ds.commands import environment, exit_code, launched, typed_path
 from mixmim_ds.config import ROOT
 from mixmim_ds.device import gpus
 from mixmim_ds.json_lines import read_rows
@@ -226,7 +226,9 @@ def report(out: Path, name: str, found: dict[str, list[dict[str, float]]], text:
 def main() -> int:
     """Does the experiment and writes what came out. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder for the pictures, the runs and the evidence")
+    parser.add_argument(
+        "out", type=typed_path, metavar="OUT_DIR", help="folder for the pictures, the runs and the evidence"
+    )
     parser.add_argument("--ablations", action="store_true", help="the parts of the method, instead of what it gives")
     arguments = parser.parse_args()
     out = arguments.out.resolve()

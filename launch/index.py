@@ -9,11 +9,12 @@ import argparse
 import os
 import sys
 from collections import Counter
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
 
-from mixmim_ds.commands import exit_code
+from mixmim_ds.commands import exit_code, typed_path
 from mixmim_ds.config import DataConfig
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.pack import pack
@@ -53,13 +54,13 @@ def list_findings(index: Index | S3Index) -> bool:
     return count["broken"] > 0
 
 
-def pack_folder(arguments: argparse.Namespace, index_dir: Path) -> str:
+def pack_folder(arguments: argparse.Namespace) -> str:
     """Packs as asked; returns what was written and how to train on it. ValueError on a user's mistake."""
     if arguments.out is None:
         raise ValueError("--pack wants two folders: DIR, of the images, and OUT, to be made for the shards.")
     if is_s3(arguments.root) or is_s3(arguments.out):
         raise ValueError("--pack reads and writes folders on disk: copy from and to s3:// with `aws s3 sync`.")
-    index, out = open_index(Path(arguments.root), index_dir, progress=True), Path(arguments.out)
+    index, out = open_index(Path(arguments.root), arguments.index_dir, progress=True), Path(arguments.out)
     shards = pack(index, out, PER_SHARD if arguments.per_shard is None else arguments.per_shard, progress=True)
     left_out = f" ({len(index.broken):,} broken files left out)" if index.broken else ""
     pattern = out.resolve() / f"train-{{000000..{len(shards) - 1:06}}}.tar"
@@ -72,24 +73,23 @@ def pack_folder(arguments: argparse.Namespace, index_dir: Path) -> str:
 def main() -> int:
     """Reads the command line and looks; 1 if --verify has found something broken. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", metavar="DIR", help="the folder of the images, data.root of a run")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="with --pack, the folder to make")
+    parser.add_argument("root", type=expanduser, metavar="DIR", help="the folder of the images, data.root of a run")
+    parser.add_argument("out", type=expanduser, metavar="OUT", nargs="?", help="with --pack, the folder to make")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--verify", action="store_true", help="decode every image; exit code 1 if one is broken")
     task.add_argument("--pack", action="store_true", help="write the images of DIR as tar shards")
     parser.add_argument("--per-shard", type=int, metavar="N", help=f"images of a shard (default: {PER_SHARD})")
-    parser.add_argument("--index-dir", type=Path, default=DataConfig.index_dir, help="default: %(default)s")
+    parser.add_argument("--index-dir", type=typed_path, default=DataConfig.index_dir, help="default: %(default)s")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names need not be UTF-8
-    index_dir = arguments.index_dir.expanduser()
     if arguments.pack:
-        print(pack_folder(arguments, index_dir))
+        print(pack_folder(arguments))
         return 0
     if arguments.out is not None or arguments.per_shard is not None:
         raise ValueError("OUT and --per-shard have no effect without --pack; add it or leave them out.")
     try:
-        index = open_folder(arguments.root, index_dir, progress=True)
-        print(describe(index, place_of(index_dir, os.fsencode(index.root))))
+        index = open_folder(arguments.root, arguments.index_dir, progress=True)
+        print(describe(index, place_of(arguments.index_dir, os.fsencode(index.root))))
         return int(arguments.verify and list_findings(index))
     except StorageDown as error:
         raise refusal(arguments.root, error) from error

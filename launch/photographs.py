@@ -43,7 +43,7 @@ from pathlib import Path
 from PIL import Image, ImageStat
 
 from mixmim_ds.checkpoints import whole_folder
-from mixmim_ds.commands import exit_code
+from mixmim_ds.commands import exit_code, typed_path
 
 # Raise it when the crops of given parameters change, so that an older folder is not taken for the new set.
 RECIPE = 2
@@ -185,7 +185,7 @@ def make(out: Path, count: int, size: tuple[int, int], views: int) -> str:
 def main() -> int:
     """Read the command line and make the set. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make; it must not exist yet")
+    parser.add_argument("out", type=typed_path, metavar="OUT_DIR", help="the folder to make; it must not exist yet")
     parser.add_argument("--count", type=int, default=2000, help="images in all (default: %(default)s)")
     bounds = "bounds of the crops' shorter side in pixels (default: 96 256)"
     parser.add_argument("--size", type=int, nargs=2, default=[96, 256], metavar=("MIN", "MAX"), help=bounds)

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mixmim_ds.checkpoints import whole_folder
-from mixmim_ds.commands import exit_code
+from mixmim_ds.commands import exit_code, typed_path
 
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -113,10 +113,12 @@ def make(out: Path, counts: dict[str, int], source: Path | None) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and makes the set. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to make; it must not exist yet")
+    parser.add_argument("out", type=typed_path, metavar="OUT_DIR", help="the folder to make; it must not exist yet")
     parser.add_argument("--train", type=int, default=20_000, help="pictures to learn from (default: %(default)s)")
     parser.add_argument("--val", type=int, default=2_000, help="pictures to tell the class of (default: %(default)s)")
-    parser.add_argument("--source", type=Path, metavar="DIR", help="holds the four files (default: the distribution's)")
+    parser.add_argument(
+        "--source", type=typed_path, metavar="DIR", help="holds the four files (default: the distribution's)"
+    )
     options = parser.parse_args(arguments)
     counts = {"train": options.train, "val": options.val}
     for part, count in counts.items():

@@ -7,12 +7,12 @@ DIR/train and DIR/val hold a folder for each class. The last line is JSON: `knn`
 import argparse
 import json
 import sys
-from pathlib import Path
+from os.path import expanduser
 
 import torch
 
 import mixmim_ds  # noqa: F401  registers the encoders
-from mixmim_ds.commands import exit_code
+from mixmim_ds.commands import exit_code, typed_path
 from mixmim_ds.config import check_seed
 from mixmim_ds.device import on_gpu
 from mixmim_ds.finetune_config import LabelledDataConfig
@@ -57,14 +57,20 @@ def probe(arguments: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     """Reads the command line and probes. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="EXPORT_OR_RUN", help="an export, a run, a checkpoint, or random:SIZE")
-    parser.add_argument("--data", required=True, metavar="DIR", help="holds train/ and val/; s3://bucket/prefix too")
+    parser.add_argument(
+        "source", type=expanduser, metavar="EXPORT_OR_RUN", help="an export, a run, a checkpoint, or random:SIZE"
+    )
+    parser.add_argument(
+        "--data", type=expanduser, required=True, metavar="DIR", help="holds train/ and val/; s3://bucket/prefix too"
+    )
     parser.add_argument("--img-size", type=int, help="pixels (default: the encoder's own)")
     parser.add_argument("--stage", type=int, default=0, help="1, 2, ...: whose tokens are averaged (default: the last)")
     parser.add_argument("--no-norm", action="store_true", help="without the encoder's final LayerNorm")
     parser.add_argument("--batch", type=int, default=64, help="images at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights of random:SIZE (default: %(default)s)")
-    parser.add_argument("--index-dir", type=Path, default=LabelledDataConfig.index_dir, help="default: %(default)s")
+    parser.add_argument(
+        "--index-dir", type=typed_path, default=LabelledDataConfig.index_dir, help="default: %(default)s"
+    )
     arguments = parser.parse_args()
     found = probe(arguments)
     print(

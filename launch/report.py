@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mixmim_ds.commands import exit_code
+from mixmim_ds.commands import exit_code, typed_path
 from mixmim_ds.report.page import GENERATOR, render
 from mixmim_ds.report.story import read_story
 
@@ -27,8 +27,8 @@ def report(run_dir: Path, out: Path) -> None:
 def main() -> int:
     """Reads the command line and reports. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run")
-    parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: RUN_DIR/report.html")
+    parser.add_argument("run_dir", type=typed_path, metavar="RUN_DIR", help="the folder of a run")
+    parser.add_argument("out", type=typed_path, nargs="?", metavar="OUT", help="default: RUN_DIR/report.html")
     arguments = parser.parse_args()
     out = arguments.out or arguments.run_dir / "report.html"
     report(arguments.run_dir, out)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import mixmim_ds  # noqa: F401  registers the encoders
-from mixmim_ds.commands import exit_code
+from mixmim_ds.commands import exit_code, typed_path
 from mixmim_ds.config import check_seed
 
 
@@ -52,9 +52,9 @@ def visualize(arguments: argparse.Namespace) -> str:
 def main() -> int:
     """Reads the command line and draws. ValueError on a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="RUN_OR_EXPORT", help="a run, a checkpoint or an export")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, or folders of them")
-    parser.add_argument("out", type=Path, metavar="OUT.png", help="the picture to write")
+    parser.add_argument("source", type=typed_path, metavar="RUN_OR_EXPORT", help="a run, a checkpoint or an export")
+    parser.add_argument("images", type=typed_path, nargs="+", metavar="IMAGES", help="image files, or folders of them")
+    parser.add_argument("out", type=typed_path, metavar="OUT.png", help="the picture to write")
     parser.add_argument("--neighbours", type=int, default=5, metavar="N", help="of each image (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=8, help="most pairs, and images, drawn (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: %(default)s)")

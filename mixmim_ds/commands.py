@@ -21,6 +21,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"} | ({} if on_gpu() else {"DS_ACCELERATOR": "cpu"})
 
 
+def typed_path(word: str) -> Path:
+    """A path as a user types it: ~ at its beginning is the home folder, which shells do not write out in quotes."""
+    return Path(os.path.expanduser(word))
+
+
 def exit_code(work: Callable[[], int]) -> int:
     """What a command's work returns, or 2 after one line that tells a user's mistake (ValueError)."""
     try:
