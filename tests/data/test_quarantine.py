@@ -1,5 +1,6 @@
 """Broken images met during training: replaced, named, and the same for any number of ranks and after a resume."""
 
+import errno
 import itertools
 import os
 import random
@@ -14,11 +15,13 @@ from broken_files import DAMAGES, fuzzed
 from loading import CPU, assert_same, config_of_loader, global_batches, loaders_of, read
 
 from mixmim_ds.data import loader as loader_module
+from mixmim_ds.data import recover
 from mixmim_ds.data.dali import DecodeError, run_pipeline
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.loader import Loader, MicroBatch, Share, open_loader
 from mixmim_ds.data.pack import pack
-from mixmim_ds.data.recover import DataFailed
+from mixmim_ds.data.recover import UNEXPLAINED, DataFailed
+from mixmim_ds.data.s3 import StorageDown
 from mixmim_ds.data.shards import open_shards
 
 
@@ -189,27 +192,66 @@ def test_of_a_shard_that_is_lost_every_image_is_replaced(photographs: Path, tmp_
     )
 
 
-@pytest.mark.parametrize("blips", [1, 2, 3])
+@pytest.mark.parametrize("blips", [{0}, {0, 1}, {0, 1, 3, 4}, {0, 1, 2}])
 def test_a_failure_without_a_broken_image_is_tried_again(
-    index: Index, blips: int, monkeypatch: pytest.MonkeyPatch
+    index: Index, blips: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No file can be made to fail in company only, so DALI's failure is the one thing that is staged here."""
-    expected = global_batches(index, 1, start=0, steps=1)
-    left = blips
+    expected, calls = global_batches(index, 1, start=0, steps=1), itertools.count()
 
     def run(*arguments: object) -> torch.Tensor:
-        nonlocal left
-        left -= 1
-        if left >= 0:
+        if next(calls) in blips:
             raise DecodeError("I/O error")
         return run_pipeline(*arguments)
 
     monkeypatch.setattr(loader_module, "run_pipeline", run)
-    if blips < 3:
+    if not blips >= {0, 1, 2}:
         assert_all_same(global_batches(index, 1, start=0, steps=1), expected)
     else:
         with pytest.raises(DataFailed, match="DALI failed 3 times over images that it decodes alone: I/O error"):
             global_batches(index, 1, start=0, steps=1)
+
+
+DOWN = StorageDown(errno.EIO, "S3 answers 503", "s3://b/k")
+
+
+@pytest.mark.parametrize("error", [DecodeError("I/O error"), DOWN], ids=["DALI", "S3"])
+def test_what_fails_alone_too_but_for_a_moment_is_not_held_against_an_image(
+    index: Index, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Staged as above: the batch, and then its first image alone."""
+    (loader,), expected = loaders_of(index, 1), global_batches(index, 1, start=0, steps=1)
+    for module, failure in ((loader_module, DecodeError("I/O error")), (recover, error)):
+        left = [failure]
+
+        def run(*arguments: object, left: list[Exception] = left) -> torch.Tensor:
+            if left:
+                raise left.pop()
+            return run_pipeline(*arguments)
+
+        monkeypatch.setattr(module, "run_pipeline", run)
+    monkeypatch.setattr(recover, "DOWN_S", 0)
+    assert_all_same(read([loader], start=0, steps=1), expected)
+    assert loader.bad == ({} if error is DOWN else {expected[0][0].ids[0]: UNEXPLAINED})
+
+
+def test_storage_that_is_down_does_not_make_a_remembered_image_a_broken_one(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As S3 is, staged here for a moment in which the content of one is looked at."""
+    (loader,), expected, left = loaders_of(index, 1), global_batches(index, 1, start=0, steps=1), [DOWN]
+    open_file = Index.open
+
+    def look(self: Index, i: int) -> object:
+        if left:
+            raise left.pop()
+        return open_file(self, i)
+
+    monkeypatch.setattr(Index, "open", look)
+    monkeypatch.setattr(recover, "DOWN_S", 0)
+    loader.bad |= dict.fromkeys(range(300), "said so")
+    assert_all_same(read([loader], start=0, steps=1), expected)
+    assert not left
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.exhaustive)])
