@@ -1,5 +1,6 @@
 """S3, here a server on loopback that speaks its protocol: the same images, rows and pixels as from a disk."""
 
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ def pair(kind: str, disk: Path, bucket: str, index_dir: Path) -> tuple[Images, I
 def test_what_is_told_and_every_pixel_are_those_of_the_disk(kind: str, disk: Path, bucket: str, tmp_path: Path) -> None:
     on_disk, in_s3 = pair(kind, disk, bucket, tmp_path / "index")
     assert told(in_s3) == told(on_disk) and len(in_s3) == 40 and in_s3.gives == "bytes"
+    if kind == "folder":
+        assert in_s3.others == on_disk.others == 1, "what a console leaves is none"
     batches = [global_batches(index, ranks, start=0, steps=2) for index, ranks in ((on_disk, 1), (in_s3, 2))]
     for left, right in zip(*batches, strict=True):
         assert_same(left, right)
@@ -66,6 +69,24 @@ def test_an_object_is_read_as_a_file(bucket: str, client: Any) -> None:
     assert s3.read(address, 10, 1) == b""
     with s3.open_object(address, 4) as file:
         assert (file.read(1), file.seek(7), file.read(9), file.read(1)) == (b"0", 7, b"789", b"")
+
+
+def test_a_forked_process_has_a_client_of_its_own(bucket: str, client: Any) -> None:
+    """Connections that it shared with its parent would give each the other's answers."""
+    address, fork = f"s3://{bucket}/forked", multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    client.put_object(Bucket=bucket, Key="forked", Body=b"0")
+    with s3._client_for(address) as own:
+        assert s3.read(address) == b"0"
+
+    def use() -> None:
+        with s3._client_for(address) as other:
+            theirs.send((s3.read(address), other is own))
+
+    process = fork.Process(target=use)
+    process.start()
+    assert ours.poll(60) and ours.recv() == (b"0", False)
+    process.join()
 
 
 @pytest.mark.parametrize("way", ["cut off", "silent", "TLS"])
