@@ -1,5 +1,6 @@
 """What the loop gets: the same global batches for any number of ranks, from any step on."""
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def test_images_and_mask_are_what_the_model_takes(index: Images) -> None:
     assert batch.mask.shape == (2, 2) and batch.mask.dtype == torch.bool and batch.mask.sum() == 2
 
 
+def test_the_options_decide_what_is_planned(index: Images) -> None:
+    config = config_of_loader()
+    config.data.crop_scale, config.data.crop_ratio, config.data.flip = [0.5, 0.6], [1.0, 2.0], False
+    config.model.mask_ratio = 0.25
+    plan = open_loader(config, index, Share(0, 1, 4), CPU, cores=2).plan
+    assert (plan.seed, plan.global_batch, plan.micro_batch, plan.mask_grid, plan.mask_ratio) == (3, 32, 8, (2, 2), 0.25)
+    assert (plan.crop_scale, plan.crop_ratio, plan.flip) == ((0.5, 0.6), (1, 2), False)
+
+
 def test_storage_never_makes_the_loop_wait_in_its_own_thread(index: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     readers, give = [], type(index).give
 
@@ -77,7 +87,9 @@ def test_synthetic_images_need_no_data_and_follow_the_masks_of_the_plan() -> Non
         data=DataConfig(kind="synthetic"),
         train=TrainConfig(global_batch=16, micro_batch=8),
     )
-    stream = open_loader(config, None, Share(0, 1, 2), CPU, cores=1).batches(0)
-    first, second = next(stream), next(stream)
+    loader = open_loader(config, None, Share(0, 1, 2), CPU, cores=1)
+    first, second, third = itertools.islice(loader.batches(0), 3)
     assert first.images.shape == (8, 3, 128, 128) and torch.equal(first.images, second.images)
     assert first.mask.sum() == second.mask.sum() == 8 and not torch.equal(first.mask, second.mask)
+    resumed = next(loader.batches(1))
+    assert torch.equal(resumed.mask, third.mask) and np.array_equal(resumed.ids, third.ids)
