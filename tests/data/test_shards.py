@@ -177,8 +177,9 @@ def rewrite(shard: Path) -> None:
         (lambda folder: os.utime(folder / "t-1.tar", (1, 1)), 3),
         (lambda folder: write_tar(folder / "t-2.tar", {"d.jpg": picture()}), 4),
         (lambda folder: (folder / "t-1.tar").unlink(), 2),
+        (lambda folder: (folder / "t-1.tar").rename(folder / "t-2.tar"), 3),
     ],
-    ids=["written again", "touched", "added", "removed"],
+    ids=["written again", "touched", "added", "removed", "renamed"],
 )
 def test_changed_shards_are_noticed(
     shards: str, index_dir: Path, shards_read: list[str], change: Callable[[Path], object], images: int
@@ -194,6 +195,23 @@ def test_changed_shards_are_noticed(
     shards_read.clear()
     open_shards(f"{folder}/*.tar", index_dir)
     assert not shards_read
+
+
+def test_a_shard_that_changes_while_it_is_read_is_read_again(
+    shards: str, index_dir: Path, shards_read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = shards_module.read_contents
+
+    def change(path: str) -> object:
+        contents = read(path)
+        os.utime(path, (1, 1))
+        return contents
+
+    with monkeypatch.context() as at_work:
+        at_work.setattr(shards_module, "read_contents", change)
+        open_shards(shards, index_dir)
+    open_shards(shards, index_dir)
+    assert len(shards_read) == 4
 
 
 def test_a_folder_and_shards_do_not_share_a_place(shards: str, index_dir: Path) -> None:
