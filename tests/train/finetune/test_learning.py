@@ -3,7 +3,9 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -85,7 +87,7 @@ def layers_of_tiny() -> dict[str, int]:
 
 
 def plainly_trained(options: list[str], steps: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights after some steps of a plain loop with torch's AdamW, and their average with decay 0.5."""
+    """The weights after some steps of a plain loop with torch's AdamW, and their average with decay 0.75."""
     config = load_finetune_config([*options, "run_dir=UNUSED"])
     train, _ = open_labelled(config.data)
     torch.manual_seed(config.train.seed)
@@ -107,14 +109,36 @@ def plainly_trained(options: list[str], steps: int) -> tuple[dict[str, torch.Ten
         optimizer.step()
         optimizer.zero_grad()
         now = {name: p.detach().clone() for name, p in model.named_parameters()}
-        average = {name: (average.get(name, value) + value) / 2 for name, value in now.items()}
+        average = {name: 0.75 * average.get(name, value) + 0.25 * value for name, value in now.items()}
     return now, average
+
+
+def test_what_is_random_follows_from_the_seed_the_step_and_the_place_alone(options: list[str]) -> None:
+    """Three steps of two micro-batches of 16 images: what each is begun with, images by the pool and batches by us."""
+
+    def seeds(ranks: int, seed: int) -> tuple[list[list[int]], list[int]]:
+        config = load_finetune_config([*options, "run_dir=UNUSED", f"train.seed={seed}"])
+        train, _ = open_labelled(config.data)
+        of_images, of_batches, turns = [], [], 3 * 2 // ranks
+        for rank in range(ranks):
+            asked: list[list[int]] = []
+            pool: Any = lambda pixels, given, asked=asked: asked.append(given.tolist()) or pixels  # noqa: E731
+            loader = LabelledLoader(config, train, Share(rank, ranks, 2 // ranks), torch.device("cpu"), 1, pool)
+            of_batches += [torch.initial_seed() for _ in islice(loader.batches(0), turns)]
+            of_images += asked[:turns]
+        return sorted(of_images), sorted(of_batches)
+
+    (of_images, of_batches), others = seeds(1, 0), seeds(1, 1)
+    assert seeds(2, 0) == (of_images, of_batches)
+    images, other_images = (set(chain(*each)) for each in (of_images, others[0]))
+    assert len(images) == 96 and not images & other_images
+    assert len(set(of_batches)) == 6 and not set(of_batches) & set(others[1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3"])
 def test_each_layer_moves_as_under_plain_adamw(ds: str, options: list[str], tmp_path: Path) -> None:
-    options = [*options, *PLAIN]
+    options = [*options, *PLAIN, "optim.ema_decay=0.75", "train.seed=5"]
     tasks(*options, f"run_dir={tmp_path}", f"ds={ds}", "train.max_steps=2", script=SCRIPT)
     saved = read_saved(tmp_path / "checkpoints" / "step_00000002")
     weights, average = plainly_trained(options, 2)
