@@ -72,10 +72,13 @@ def test_a_run_that_is_stopped_and_goes_on_stays_one_row_that_ends_with_it(tmp_p
     for start, loss in ((0, 0.5), (10, 0.25)):
         board = Board(tmp_path / "run", start)
         board.options({"train": {"seed": 7, "max_steps": None}})
-        board.scalars({"loss": loss}, start + 10)
+        for step in (start + 10, start + 15):  # of which a killed run has not saved the second
+            board.scalars({"loss": loss}, step)
         board.close(finished=start == 10)
         (row,) = table(tmp_path)
         assert row.hparams["train.seed"].number_value == 7 and "train.max_steps" not in row.hparams
         assert [metric.value for metric in row.metric_values] == [loss]
         over = api_pb2.STATUS_SUCCESS if start else api_pb2.STATUS_UNKNOWN
         assert [session.status for session in row.sessions] == [over]
+    read = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in read.Scalars("loss")] == [10, 20, 25], "none is lost and none told twice"

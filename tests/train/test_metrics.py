@@ -32,15 +32,18 @@ def test_a_gpu_has_its_own_peak_or_none(name: str, peak: float | None, monkeypat
 
 
 def test_rates_are_of_all_processes_and_mfu_is_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 steps of 64 images in 4 of 5 s, the other one having gone into saving: 64 images a second, 32 on each of 2
-    GPUs, 3 x 1 GFLOP each, of a peak of 1 TFLOP/s."""
+    """4 steps of 64 images in 4 of 7 s, the others having gone into saving and judging: 64 images a second, 32 on each
+    of 2 GPUs, 3 x 1 GFLOP each, of a peak of 1 TFLOP/s."""
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 6}\n{"step": 7}\n')
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(metrics, "peak_flops", lambda precision: 1e12)
     monkeypatch.setattr(metrics, "on_first_rank", lambda world, function: function())  # the other rank is not there
     told = metrics.Metrics(tmp_path, World(0, 2, torch.device("cpu"), None), 6, 20, 64, 10**9, "bf16")
-    now[0] = 105.0
+    assert told.evaluated == [{"step": 6}], "the others come again"
+    now[0] = 107.0
     told.saved(1.0)
+    told.scores(8, 0.4, {"top1": 0.5}, 2.0)
     told.report(10, 0.5, loss=0.25, lr=1e-3, grad_norm=None, waited=0.4, bad_images=0)
     told.saved(1.0)
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

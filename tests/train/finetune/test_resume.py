@@ -81,10 +81,13 @@ def test_a_run_killed_before_it_was_judged_is_judged_at_the_next_start(
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)
     lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
-    (run_dir / "evaluations.jsonl").write_text(lines[0] + "\n")
+    gone = json.loads(lines[0]) | {"step": 1, "top1": 1.0}  # the best of all, whose checkpoint is there no more
+    (run_dir / "evaluations.jsonl").write_text(json.dumps(gone) + "\n" + lines[0] + "\n")
     (run_dir / "checkpoints" / "best").unlink()
-    printed = tasks(*options, f"run_dir={run_dir}", script=SCRIPT)
-    assert "nothing is left to do" in printed and told(run_dir) == told(straight)
+    for processes in (2, 1):  # of which the second finds it judged
+        printed = tasks(*options, f"run_dir={run_dir}", processes=processes, script=SCRIPT)
+        steps, (first, *judged) = told(run_dir)
+        assert "nothing is left to do" in printed and (steps, judged) == told(straight) and first["step"] == 1
     assert (run_dir / "checkpoints" / "best").read_text() == (straight / "checkpoints" / "best").read_text()
 
 
