@@ -13,6 +13,7 @@ from launching import free_port, typed
 
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
+from mixmim_ds.models import build_model
 from mixmim_ds.train import health, slurm, word
 from mixmim_ds.train.distributed import RunFailed, World
 from mixmim_ds.train.health import Finding, _judge, healthcheck, look
@@ -92,10 +93,14 @@ def test_a_data_set_that_is_missing_on_a_node_is_a_fault(config: PretrainConfig)
 
 
 def test_two_checkpoints_must_fit(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of masters and two moments, in fp32."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, 10**6))
+    two = 2 * 3 * 4 * sum(parameter.numel() for parameter in build_model(config.model).parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, two - 1))
     (fault,) = look(marked(config)).faults
-    assert "has 0.0 GiB left, two checkpoints take" in fault
+    assert "GiB left, two checkpoints take" in fault
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40, two))
+    assert not look(marked(config)).faults
 
 
 @pytest.mark.parametrize(

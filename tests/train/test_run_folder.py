@@ -63,6 +63,19 @@ def test_a_run_that_ended_before_its_first_report_holds_no_folder(held: Path) ->
     )
 
 
+def test_a_run_that_began_while_another_waited_for_the_lock_keeps_the_folder(
+    held: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first row is there when the other one has the lock."""
+    lock, row = run_folder._lock, (held / "metrics.jsonl").rename(held / "row")
+    monkeypatch.setattr(run_folder, "_lock", lambda folder: row.rename(held / "metrics.jsonl") and lock(folder))
+    before = (held / "config.yaml").read_text()
+    config = load_config([f"run_dir={held}", "data.root=DIR", "train.seed=1"])
+    with connected(60) as world, pytest.raises(ValueError, match="holds a run with train.seed=0, not 1"):
+        open_run_folder(config, world, {"fingerprint": "F"})
+    assert (held / "config.yaml").read_text() == before
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EIO])
 def test_only_a_disk_that_knows_no_locks_is_taken_without(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -87,6 +87,8 @@ def test_a_task_takes_the_cores_that_slurm_gave_it(monkeypatch: pytest.MonkeyPat
     assert share_of_cores() == 12
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert share_of_cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert share_of_cores() == 2, "which others of this node share"
 
 
 @pytest.mark.parametrize(
