@@ -2,26 +2,36 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from launching import numbers, rows, tasks
+from launching import free_port, numbers, rows, tasks
 
 from mixmim_ds.checkpoints import newest_complete, read_whole_checkpoint
 from mixmim_ds.compose import load_config
+from mixmim_ds.data.loader import Share, open_loader
+from mixmim_ds.finetune_config import LabelledDataConfig
+from mixmim_ds.models import build_model
 from mixmim_ds.report.story import read_story
-from mixmim_ds.train import distributed, loop
+from mixmim_ds.train import distributed, images, loop
 from mixmim_ds.train.distributed import RunFailed, World, connect, connected, on_every_rank, on_first_rank, tell
+from mixmim_ds.train.engine import build_engine, set_lr
 from mixmim_ds.train.failures import BadSteps
 from mixmim_ds.train.pretrain import pretrain
-from mixmim_ds.zero_files import Scattered, read_saved
+from mixmim_ds.train.restore import master_vectors
+from mixmim_ds.zero_files import AVERAGE, Scattered, read_saved
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +161,20 @@ def test_ranks_with_different_images_do_not_train(
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_that_judge_by_different_images_do_not_train(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second rank's are what this process finds when it is asked again."""
+    other = shutil.copytree(labelled, tmp_path / "other", symlinks=True)
+    next((other / "val").glob("*/*")).unlink()
+    found: list[Any] = []
+    monkeypatch.setattr(images, "gather", lambda world, own: found.append(own) or found)
+    with connected(60) as world:
+        images.find_labelled(LabelledDataConfig(root=str(labelled), index_dir=str(tmp_path / "index")), world)
+        with pytest.raises(ValueError, match=f"data.root={other} holds other images for rank 1 on "):
+            images.find_labelled(LabelledDataConfig(root=str(other), index_dir=str(tmp_path / "index")), world)
+
+
 def test_what_earlier_starts_left_out_counts(tmp_path: Path) -> None:
     (tmp_path / "failures").mkdir()
     for step in (3, 5, 9):
@@ -162,6 +186,36 @@ def test_what_earlier_starts_left_out_counts(tmp_path: Path) -> None:
         steps.note(6, 1e-4, infinite, [np.arange(2)], 5)
         with pytest.raises(RunFailed, match="train.max_bad_steps=3 allows no more"):
             steps.note(7, 1e-4, infinite, [np.arange(2)], 5)
+
+
+def test_in_fp16_a_step_with_finite_losses_only_had_too_high_a_loss_scale(tmp_path: Path) -> None:
+    options = load_config(["model=tiny", "data=synthetic", f"run_dir={tmp_path}", "precision=fp16"])
+    with connected(60) as world:
+        steps = BadSteps(options, world, 0, str)
+        steps.note(1, 1e-4, [torch.tensor(1.0)], [np.arange(2)], 0)
+        assert not list(tmp_path.rglob("step_*"))
+        with pytest.raises(RunFailed, match="the loss of rank 0 is not finite at step 2"):
+            steps.note(2, 1e-4, [torch.tensor(float("inf"))], [np.arange(2)], 0)
+
+
+def test_a_step_that_is_left_out_does_not_move_the_average_of_the_weights(tmp_path: Path) -> None:
+    """Nor begins it, before Adam has a state."""
+    words = ["model=tiny", "data=synthetic", "train.global_batch=8", "train.micro_batch=8", "precision=fp32"]
+    config = load_config([f"run_dir={tmp_path}", *words])
+    with connected(60) as world:
+        engine = build_engine(config, build_model(config.model), world)
+        run: Any = SimpleNamespace(engine=engine, turns=1, task=SimpleNamespace(ema_decay=0.5))
+        whole = next(open_loader(config, None, Share(0, 1, 1), world.device, cores=1).batches(0))
+        poisoned = replace(whole, images=whole.images * float("inf"))
+        averages = []
+        for batch in (poisoned, whole, whole, poisoned):
+            set_lr(engine, 1e-3)
+            loop._update(run, iter([batch]))
+            states = engine.optimizer.optimizer.state
+            averages.append([states[v][AVERAGE].clone() for v in master_vectors(engine) if AVERAGE in states[v]])
+        assert not averages[0]
+        assert all(map(torch.equal, averages[3], averages[2])) and not any(map(torch.equal, averages[2], averages[1]))
+        engine.destroy()
 
 
 def test_a_disk_that_fails_is_no_mistake() -> None:
@@ -185,6 +239,36 @@ def test_without_a_rank_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(2):
         with connected(60) as world:
             assert (world.rank, world.size) == (0, 1)
+
+
+def test_a_rank_goes_with_what_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `torchrun` when it is killed. The rank holds the other end of the pipe as long as it lives."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (place | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+
+    def rank() -> None:
+        connect(60)
+        theirs.send(os.getpid())
+        signal.pause()
+
+    def launch() -> None:
+        fork.Process(target=rank).start()
+        signal.pause()
+
+    launcher = fork.Process(target=launch)
+    launcher.start()
+    theirs.close()
+    assert ours.poll(60)
+    pid = ours.recv()
+    launcher.kill()
+    launcher.join()
+    gone = ours.poll(30)
+    if not gone:
+        os.kill(pid, signal.SIGKILL)
+    assert gone
 
 
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
