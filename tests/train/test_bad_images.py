@@ -9,8 +9,11 @@ import pytest
 from broken_files import DAMAGES
 from launching import numbers, rows, run, tasks
 
+from mixmim_ds.compose import load_config
 from mixmim_ds.data.index import Index, open_index
 from mixmim_ds.data.plan import order_at
+from mixmim_ds.train import bad_images
+from mixmim_ds.train.distributed import connected
 
 pytestmark = pytest.mark.slow
 
@@ -75,11 +78,26 @@ def test_broken_files_are_replaced_named_and_counted_whoever_meets_them_and_acro
     assert len(told(resumed)) == len({line["id"] for line in told(resumed)}) == rows(resumed)[-1]["bad_images"]
 
 
+def test_ranks_know_what_others_and_earlier_starts_have_met(
+    options: list[str], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each would try them all by itself. The other rank is made up."""
+    config, bad = load_config([*options, f"run_dir={tmp_path}", "data.max_bad_share=0.01"]), {8: "mine"}
+    (tmp_path / "failures").mkdir()
+    (tmp_path / "failures" / "bad_images.jsonl").write_text(json.dumps({"id": 7, "image": "x", "reason": "r"}) + "\n")
+    monkeypatch.setattr(bad_images, "gather", lambda world, own: [own, {9: "theirs"}])
+    with connected(60) as world:
+        met = bad_images.BadImages(config, world, index, bad)
+        assert bad == {7: "r", 8: "mine"} and met.exchange() == 3
+    assert bad == {7: "r", 8: "mine", 9: "theirs"} and [line["id"] for line in told(tmp_path)] == [7, 8, 9]
+
+
 def test_more_than_the_share_ends_the_run_in_one_line(options: list[str], index: Index, tmp_path: Path) -> None:
     planned = order_at(0, 0, range(2 * 32), 300)
     break_files(index, planned[[3, 20, 40]])
     options = [*options, f"run_dir={tmp_path / 'run'}", "train.max_steps=2"]
-    printed = run("deepspeed", *options, "data.max_bad_share=0.006", code=1)
+    rarely = ["train.log_every=100", "train.save_every=1"]  # what is saved knows them, too
+    printed = run("deepspeed", *options, *rarely, "data.max_bad_share=0.006", code=1)
     error = error_of(printed)
     assert "2 of 300 images are broken" in error or "3 of 300 images are broken" in error
     assert "data.max_bad_share=0.006" in error and "failures/bad_images.jsonl" in error

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -129,10 +130,14 @@ def test_fifty_kills_at_random_moments(small_run: list[str], twenty: Path, tmp_p
     assert not failed
 
 
-def test_a_run_keeps_others_out_and_ends_if_one_of_its_ranks_hangs(small_run: list[str], tmp_path: Path) -> None:
+def test_a_run_keeps_others_out_and_ends_if_one_of_its_ranks_hangs(
+    small_run: list[str], twenty: Path, tmp_path: Path
+) -> None:
+    """One that has gone on from another start."""
+    shutil.copytree(twenty, tmp_path / "run")
     options = [*small_run, f"run_dir={tmp_path / 'run'}", "train.max_steps=1000"]
     process = start(*options, "train.step_timeout_s=4")
-    read_until(process, "step 2/1,000")
+    read_until(process, "step 22/1,000")
     refused = tasks(*options, processes=1, code=2)
     assert f"error: run_dir={tmp_path / 'run'} is in use by process " in refused.splitlines()[-1]
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
