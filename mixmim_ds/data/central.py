@@ -15,7 +15,7 @@ from mixmim_ds.data.dali import Fed, Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.loader import Normalise
 from mixmim_ds.data.recover import DataFailed, find_broken, recovering, why_broken
 from mixmim_ds.data.shards import Images
-from mixmim_ds.models.sizes import crop_of
+from mixmim_ds.models.mixmim_sizes import crop_of
 
 LeftOut = list[tuple[str, str]]  # names and reasons of images that cannot be decoded
 log = logging.getLogger("mixmim_ds")

@@ -4,11 +4,22 @@ import ast
 import inspect
 from types import ModuleType
 
-from mixmim_ds.models import attention, blocks, encoder, grids, grouped, groups, masking, recompute, sizes, tables
+from mixmim_ds.models import (
+    attention,
+    blocks,
+    encoder,
+    grids,
+    grouped,
+    groups,
+    masking,
+    mixmim_sizes,
+    recompute,
+    tables,
+)
 from mixmim_ds.version import __version__
 
 # each needs only those before it
-MODULES = (grouped, recompute, masking, grids, groups, tables, attention, blocks, encoder, sizes)
+MODULES = (grouped, recompute, masking, grids, groups, tables, attention, blocks, encoder, mixmim_sizes)
 HEAD = f'''"""The MixMIM encoder (arXiv 2205.13137) for timm >= 1.0.31, put together by mixmim_ds {__version__}.
 
     import sys

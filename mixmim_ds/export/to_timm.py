@@ -18,7 +18,7 @@ from mixmim_ds.export.files import Pieces, write_safetensors
 from mixmim_ds.export.official import build_encoder, read_official
 from mixmim_ds.export.weights import read_weights
 from mixmim_ds.models import Classifier, MixMIMTransformer
-from mixmim_ds.models.sizes import crop_of
+from mixmim_ds.models.mixmim_sizes import crop_of
 
 WEIGHTS_FILE, DECODER_FILE, ARCHITECTURE_FILE = "model.safetensors", "decoder.safetensors", "mixmim.py"
 MODEL_NOTE = "model"  # in DECODER_FILE: the options of the model (ModelConfig), as JSON

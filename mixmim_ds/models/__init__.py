@@ -1,6 +1,6 @@
 """What is trained: plain PyTorch, without a word about how it is trained."""
 
-from mixmim_ds.models import sizes as sizes
+from mixmim_ds.models import mixmim_sizes as mixmim_sizes
 from mixmim_ds.models.classifier import Classifier as Classifier
 from mixmim_ds.models.encoder import MixMIMTransformer as MixMIMTransformer
 from mixmim_ds.models.mixmim import MixMIM as MixMIM

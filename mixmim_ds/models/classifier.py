@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from mixmim_ds.models.sizes import create_encoder
+from mixmim_ds.models.mixmim_sizes import create_encoder
 
 HEAD_STD = 2e-5  # the authors': the classifier starts from (almost) nothing
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mixmim_ds.models import masking
 from mixmim_ds.models.encoder import init_weights
 from mixmim_ds.models.grids import CELL
+from mixmim_ds.models.mixmim_sizes import create_encoder
 from mixmim_ds.models.recompute import recompute
-from mixmim_ds.models.sizes import create_encoder
 from mixmim_ds.models.tables import sincos_table
 
 if TYPE_CHECKING:

@@ -38,6 +38,7 @@ def test_every_name_is_there() -> None:
     assert set(NAMES) == {
         f"mixmim_{size}" for size in ("tiny", "base", "large", "huge", "base_384", "large_384", "huge_384")
     }
+    assert set(timm.list_models(module="mixmim_sizes")) == set(NAMES)
 
 
 def test_config_says_what_the_model_is(name: str) -> None:
