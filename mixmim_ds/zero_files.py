@@ -89,7 +89,10 @@ def read_saved(folder: Path) -> Saved:
         buffers = {name: state["module"][name] for name in state["buffer_names"]}
         scaler = ranks[0].get("loss_scaler")
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder} cannot be read as a checkpoint of DeepSpeed's: {error}.") from error
+        # Of PyTorch's paragraphs about a file that asks for code, which advise to run it, the one phrase that says so.
+        reason = (str(error).partition("WeightsUnpickler error: ")[2] or str(error)).partition("\n")[0]
+        reason = reason.partition(". Please use")[0].rstrip(".")
+        raise ValueError(f"{folder} cannot be read as a checkpoint of DeepSpeed's: {reason}.") from error
     scattered = {name: Scattered([buffer.flatten()], buffer.shape) for name, buffer in buffers.items()}
     dynamic = scaler if isinstance(scaler, DynamicLossScaler) else None
     return Saved(masters, moments, int(first.get("step", 0)), scattered, dynamic)

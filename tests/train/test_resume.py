@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from launching import ROOT, numbers, tasks
 
 from mixmim_ds import checkpoints
-from mixmim_ds.checkpoints import newest_complete
+from mixmim_ds.checkpoints import newest_complete, read_checkpoint
 from mixmim_ds.zero_files import MOMENTS, Saved, read_saved
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,8 @@ def test_on_other_processes_and_stages_it_goes_on_as_if_nothing_were(
         assert row[3] == pytest.approx(expected[3], rel=10 * tolerance)
     found, expected_state = saved_in(moved), saved_in(straight)
     assert found.updates == expected_state.updates == 4
+    for file in (moved / "checkpoints" / "step_00000004").glob("*model_states.pt"):
+        assert torch.load(file, weights_only=False)["global_steps"] == 4, "by which DeepSpeed's own profiler goes"
     if precision == "fp32":
         for name, master in expected_state.masters.items():
             # Where a gradient is all rounding, Adam's step of about lr = 1e-4 has a random sign.
@@ -77,6 +80,36 @@ def test_the_loss_scale_of_fp16_is_read_back(stage_run: Callable[[str, str], Pat
     assert found is not None and vars(found) == vars(scaler)
 
 
+def test_what_is_cut_off_or_asks_for_code_is_not_read(stage_run: Callable[[str, str], Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(stage_run("zero2", "bf16") / "checkpoints" / "step_00000004", tmp_path / "copy"))
+    file = next(copy.glob("*rank_1*optim_states.pt"))
+    state = torch.load(file, weights_only=False)
+    torch.save(state | {"code": SimpleNamespace()}, file)
+    with pytest.raises(ValueError, match=r"cannot be read as .*: Unsupported global: .*SimpleNamespace was") as refused:
+        read_saved(copy)
+    assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value), "no advice of PyTorch's"
+    with pytest.raises(ValueError, match=f"{copy} is damaged: {file.name} is missing or not of "):
+        read_checkpoint(copy)
+    vectors = state["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    vectors[0] = vectors[0][: len(vectors[0]) // 2].clone()
+    torch.save(state, file)
+    with pytest.raises(ValueError, match="its tensors are shorter than its shapes say"):
+        read_saved(copy)
+
+
+def test_files_are_taken_in_the_order_of_their_ranks_and_not_of_their_names(
+    stage_run: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Of which the first and the last of eleven are there."""
+    source = stage_run("zero2", "bf16") / "checkpoints" / "step_00000004"
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    for old, new in ((1, 10), (0, 2)):
+        for file in copy.glob(f"*pp_rank_{old}_*"):
+            file.rename(file.with_name(file.name.replace(f"rank_{old}_", f"rank_{new}_", 1)))
+    for name, master in read_saved(source).masters.items():
+        assert torch.equal(read_saved(copy).masters[name].contiguous(), master.contiguous()), name
+
+
 def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
     small_run: list[str], tmp_path: Path
 ) -> None:
@@ -85,7 +118,7 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
     tasks(*options, "train.max_steps=5")
     expected = numbers(folder)
     saved = folder / "checkpoints"
-    altered = next((saved / "step_00000005").glob("*model_states.pt"))
+    altered = next((saved / "step_00000005").glob("*rank_1*optim_states.pt"))  # which the second rank reads
     content = bytearray(altered.read_bytes())
     content[len(content) // 2] ^= 1
     altered.write_bytes(content)
