@@ -2,12 +2,19 @@
 
 import resource
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from launching import ROOT, command, environment, rows, tasks
 
-from mixmim_ds.checkpoints import MARKER, append_whole, newest_complete
+from mixmim_ds.checkpoints import BEST, MARKER, append_whole, newest_complete
+from mixmim_ds.compose import load_config
+from mixmim_ds.json_lines import JsonLines, read_rows
+from mixmim_ds.models import build_model
+from mixmim_ds.train.checkpoint import Saver, _prune
+from mixmim_ds.train.distributed import RunFailed, connected
+from mixmim_ds.train.engine import build_engine
 
 pytestmark = pytest.mark.slow
 
@@ -82,6 +89,31 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(small_run: list
     newest = newest_complete(kept)
     assert newest is not None and newest.step >= 3
     assert f"the newest is that of step {newest.step}, failed tries: 2." in errors[0]
+    assert not list((kept / "checkpoints").glob("*.tmp")), "room is made"
+
+
+def test_only_failures_in_a_row_end_a_run(tmp_path: Path) -> None:
+    config = load_config(["model=tiny", "data=synthetic", f"run_dir={tmp_path}", "train.max_failed_saves=2"])
+    in_the_way = tmp_path / "checkpoints" / "no_folder.tmp"
+    in_the_way.parent.mkdir()
+    with connected(60) as world:
+        engine = build_engine(config, build_model(config.model), world)
+        saver = Saver(engine, config, world, 0)
+        for step, fails in ((1, True), (2, False), (3, True), (4, True)):
+            in_the_way.touch() if fails else in_the_way.unlink()
+            with pytest.raises(RunFailed, match="step 2, failed tries: 2") if step == 4 else nullcontext():
+                saver.save(step, must=False)
+            assert saver.newest == (0 if step == 1 else 2)
+        engine.destroy()
+
+
+def test_the_keep_rules_spare_the_best(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / MARKER).touch()
+    (tmp_path / BEST).write_text("step_00000002")
+    _prune(tmp_path, keep_last=2, keep_every=4)
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*")) == [2, 4, 6, 7]
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_is_said_to_be(
@@ -102,6 +134,17 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_said_to_be(
     for step in steps + pointer:
         assert events.index(step, last + 1), step
         last = events.index(step, last + 1)
+
+
+def test_rows_that_a_disk_refuses_are_written_later(tmp_path: Path) -> None:
+    """Here a folder is in the way."""
+    lines = JsonLines(tmp_path / "rows")
+    lines.path.mkdir()
+    lines.add({"step": 1})
+    lines.path.rmdir()
+    lines.add({"step": 2})
+    lines.add({"step": 3})
+    assert read_rows(lines.path) == [{"step": 1}, {"step": 2}, {"step": 3}]
 
 
 def test_what_is_added_to_a_file_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
