@@ -89,7 +89,7 @@ class Saver:
         path = self.path_of(step)
         unfinished = path.with_name(path.name + ".tmp")
         on_every_rank(self.world, lambda: _check_finite(self.engine))
-        on_first_rank(self.world, lambda: _clear(self.folder, path, unfinished))
+        on_first_rank(self.world, lambda: _clear(self.folder, unfinished))
         self.writer.begin()
         self.engine.save_checkpoint(str(self.folder), tag=unfinished.name, save_latest=False)
         files = on_every_rank(self.world, lambda: _seal(unfinished, self.writer))
@@ -132,15 +132,13 @@ def _check_finite(engine: DeepSpeedEngine) -> None:
         raise ValueError("weights are not finite")
 
 
-def _clear(folder: Path, path: Path, unfinished: Path) -> None:
-    """Makes the place to write to, without what killed saves left behind or an older checkpoint of the same step."""
+def _clear(folder: Path, unfinished: Path) -> None:
+    """Makes the place to write to, without what killed saves left behind."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         sync(folder.parent)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
-    if path.exists():
-        _remove(path)
     unfinished.mkdir()
 
 
