@@ -131,7 +131,8 @@ def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest
             log.info("this run has already done %s steps of %s; nothing is left to do", done, last)
             return 0
         try:
-            return _train(run, stop)
+            with run.profiler:
+                return _train(run, stop)
         except AgreedMistake:
             raise
         except ValueError as error:  # of a library, and perhaps on this rank alone

@@ -2,14 +2,16 @@
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from mixmim_ds.config import RunConfig
 from mixmim_ds.device import on_gpu
-from mixmim_ds.train.distributed import World
+from mixmim_ds.train.distributed import World, is_peer_lost
 
 OPERATORS = 30  # lines of a table
 ALLOCATIONS = 1_000_000  # that a memory snapshot goes back at most
@@ -26,7 +28,8 @@ class Profiler:
 
     `.trace.json.gz` is for https://ui.perfetto.dev and chrome://tracing, `.operators.txt` a table of what took longest,
     and `.memory.pickle`, of GPUs alone, for https://pytorch.org/memory_viz. A run that stops between the steps keeps
-    what there is, and the next start traces the others. What cannot be written is told, and the run goes on.
+    what there is, and the next start traces the others; one that fails there, inside `with`, keeps what led to it. What
+    cannot be written is told, and the run goes on.
 
     Args:
         start: steps done so far.
@@ -55,6 +58,18 @@ class Profiler:
         """Writes what has been traced so far, if the run stops meanwhile."""
         if self.running:
             self.running.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """After an error writes the trace up to it: of a GPU out of memory its snapshot tells what has taken it."""
+        # A GPU that waits for a rank that is gone would have the profiler wait, too.
+        if error is None or (on_gpu() and isinstance(error, RuntimeError) and is_peer_lost(error)):
+            return
+        self.done = max(self.done, self.first)  # of the step that failed there is a part
+        with suppress(RuntimeError):  # the GPU's own failure comes again; it is told by the one that is under way
+            self.close()
 
     def _begin(self, warmup: int) -> None:
         """The step before is traced too and thrown away, for the first one pays for the profiler's own start."""

@@ -53,6 +53,21 @@ def test_a_stop_keeps_what_was_traced_and_the_next_start_traces_the_rest(
     )
 
 
+def test_a_run_that_fails_keeps_what_led_to_it(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a batch of the second step that is poisoned: in the first step that is traced, and in one after it."""
+    monkeypatch.setenv("POISONED", "2")
+    for first in (1, 2):
+        run_dir = tmp_path / str(first)
+        options = [f"run_dir={run_dir}", "train.max_steps=4", f"train.profile=[{first},4]"]
+        printed = tasks(*small_run, *options, script="tests/poisoned.py", code=1)
+        assert "is not finite at step 2" in printed
+        for rank in (0, 1):
+            found = named(run_dir / "profile" / f"steps_{first}-2.rank_{rank}.trace.json.gz")
+            assert found["update"] == 2 * (3 - first)
+
+
 def test_a_trace_that_cannot_be_written_costs_nothing_else(small_run: list[str], tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("in the way")
     printed = tasks(*small_run, f"run_dir={tmp_path}", "train.max_steps=3", "train.profile=[2,2]", processes=1)
