@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _world
 
 from mixmim_ds.device import on_gpu
 from mixmim_ds.libc import die_with_parent, keep_memory
-from mixmim_ds.train.slurm import adopt, node
+from mixmim_ds.train.slurm import adopt, cores_of_task, node
 
 try:
     from torch.distributed import set_timeout
@@ -139,8 +139,7 @@ def share_of_cores() -> int:
     """This process's part of the cores that the job may use on this node."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     cores = len(os.sched_getaffinity(0))
-    # srun may leave a task unbound, with all cores of the node in sight
-    return max(1, min(cores // local, int(os.environ.get("SLURM_CPUS_PER_TASK", cores))))
+    return max(1, min(cores // local, cores_of_task() or cores))
 
 
 def shorten_timeout(timeout_s: int) -> None:

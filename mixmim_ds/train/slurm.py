@@ -45,6 +45,15 @@ def places() -> list[str]:
     return [name for name, count in zip(nodes(), tasks, strict=False) for _ in range(count)]
 
 
+def cores_of_task() -> int | None:
+    """The cores that this task is to take, whatever it sees: those it was given, or else its part of the step's on this
+    node, all of which srun leaves in sight of every task that it does not bind. None where neither is told."""
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    here, cores = places().count(node()), int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    return max(1, cores // here) if here and cores else None
+
+
 def leave_out(names: Iterable[str]) -> str:
     """How a job does without some nodes, to follow other advice; nothing where they are not SLURM's."""
     names = list(names)

@@ -91,6 +91,19 @@ def test_a_task_takes_the_cores_that_slurm_gave_it(monkeypatch: pytest.MonkeyPat
     assert share_of_cores() == 2, "which others of this node share"
 
 
+def test_tasks_that_were_given_no_number_of_cores_share_those_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight on n1 and four on n2, started by srun without --cpus-per-task."""
+    step = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "8,4", "SLURM_CPUS_ON_NODE": "96"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for node, seen, share in (("n1", 96, 12), ("n2", 96, 24), ("n2", 2, 2), ("elsewhere", 96, 96)):
+        monkeypatch.setenv("SLURMD_NODENAME", node)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, seen=seen: set(range(seen)))
+        assert share_of_cores() == share, "and no more than it is bound to"
+
+
 @pytest.mark.parametrize(
     "short, names",
     [
