@@ -13,12 +13,13 @@ from torch.utils.tensorboard.summary import hparams
 from mixmim_ds.config import flatten
 from mixmim_ds.evaluate.pictures import Picture
 
+TRIAL = 1 << 20  # bytes, of a picture and many rows
 log = logging.getLogger("mixmim_ds")
 
 
 class Board:
     """Writes TensorBoard's files; one that cannot be written is given up and another begun, for its writer stays
-    broken.
+    broken. That waits until the disk takes something again: each that fails leaves an empty file and a traceback.
 
     Args:
         folder: of the event files.
@@ -29,6 +30,7 @@ class Board:
         self.folder, self.start = folder, start
         self.next = start + 1  # events from this step on are not this run's, when a file is begun
         self.writer: SummaryWriter | None = None
+        self.failed, self.trial = False, folder / ".trial"
 
     def options(self, options: dict[str, Any]) -> None:
         """Begins with the run's options, nested: as text, and as the HPARAMS table's row of this run.
@@ -64,13 +66,25 @@ class Board:
         self._tell(SummaryWriter.close)
 
     def _tell(self, tell: Callable[[SummaryWriter], Any]) -> None:
-        """Has something written, or says that it could not."""
+        """Has something written, or says, once, that it could not."""
         try:
+            if self.failed:
+                self._try_disk()
             self.writer = self.writer or SummaryWriter(str(self.folder), purge_step=self.next)
             tell(self.writer)
         except OSError as error:
-            self.writer = None
-            log.warning("%s cannot be written (%s): TensorBoard will lack some steps", self.folder, error.strerror)
+            if not self.failed:
+                log.warning("%s cannot be written (%s): TensorBoard will lack some steps", self.folder, error.strerror)
+            self.writer, self.failed = None, True
+
+    def _try_disk(self) -> None:
+        """OSError if the disk still takes nothing."""
+        self.folder.mkdir(exist_ok=True)
+        try:
+            self.trial.write_bytes(bytes(TRIAL))
+        finally:
+            self.trial.unlink(missing_ok=True)
+        self.failed = False
 
 
 def _add(writer: SummaryWriter, summary: Any) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,28 @@ def test_a_disk_that_fails_for_a_moment_costs_only_what_it_did_not_take(
     board.close(finished=True)
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in read.Scalars("loss")] == [1, 2, 3, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the first writer
+def test_a_disk_that_stays_full_is_told_once_and_leaves_no_heap_of_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By a limit of the process's own, which a file of a few bytes reaches."""
+    board, limits = Board(tmp_path, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    board.scalars({"loss": 1}, 1)
+    board.flush()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        for step in range(2, 9):
+            board.scalars({"loss": step, "lr": step}, step)
+            board.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    board.scalars({"loss": 9}, 9)
+    board.close(finished=True)
+    assert caplog.text.count("cannot be written (File too large)") == 1
+    assert capfd.readouterr().err.count("Traceback") <= 1 and len(list(tmp_path.iterdir())) == 2
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("loss")] == [1, 9]
 
 
 def test_an_option_that_is_no_utf8_is_told_with_its_bytes(tmp_path: Path) -> None:
