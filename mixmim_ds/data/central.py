@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixmim_ds.data.dali import Fed, Feed, build_pipeline, run_pipeline
 from mixmim_ds.data.loader import Normalise
-from mixmim_ds.data.recover import DataFailed, find_broken, recovering, why_broken
+from mixmim_ds.data.recover import UNEXPLAINED, DataFailed, find_broken, recovering, why_broken
 from mixmim_ds.data.shards import Images
 from mixmim_ds.models.mixmim_sizes import crop_of
 
@@ -33,16 +33,24 @@ class CentralBatches:
     """The middle of every image, each once, in batches whose content does not depend on how many ranks share them.
 
     Images that cannot be decoded are left out, the same ones for any batch and number of ranks.
+
+    Args:
+        broken: those that earlier looks have found, by row of the index, and why. They are left out from the start,
+            so that no batch fails over them, unless they are mended; what this look finds is added.
     """
 
     def __init__(
         self, images: Images, img_size: int, normalise: Normalise, device: torch.device, threads: int, batch: int,
-        rank: int = 0, size: int = 1,
+        rank: int = 0, size: int = 1, broken: dict[int, str] | None = None,
     ) -> None:  # fmt: skip
         self.images, self.img_size, self.normalise = images, img_size, normalise
         self.device, self.threads, self.batch = device, threads, batch
         self.numbers = range(rank, -(-len(images) // batch), size)
-        self.broken: dict[int, str] = {}  # reasons, by row of the index
+        self.broken = {} if broken is None else broken
+        for i in list(self.broken):
+            if why_broken(images, i) == UNEXPLAINED:
+                del self.broken[i]
+        self.known = set(self.broken)
 
     def __iter__(self) -> Iterator[tuple[Tensor, np.ndarray]]:
         """float32 [batch, 3, H, W] on the device, and the rows of the index, int64 [B]; where images are left out, and
@@ -58,8 +66,8 @@ class CentralBatches:
 
     @property
     def left_out(self) -> LeftOut:
-        """The images of this rank's batches that were left out."""
-        return [(self.images.name(i), reason) for i, reason in sorted(self.broken.items())]
+        """The images of this rank's batches that were left out, but for those known before."""
+        return [(self.images.name(i), reason) for i, reason in sorted(self.broken.items()) if i not in self.known]
 
     def _rows(self, number: int) -> np.ndarray:
         rows = np.arange(number * self.batch, min((number + 1) * self.batch, len(self.images)))

@@ -50,7 +50,7 @@ class Vectors:
 
     vectors: Tensor  # float32 [N, D]
     labels: Tensor  # int64 [N], positions in the classes of the training set
-    left_out: LeftOut = field(default_factory=list)  # images that have no vector
+    left_out: LeftOut = field(default_factory=list)  # images that have no vector, but for those known to have none
 
 
 def load_encoder(source: str, seed: int, option: str, head: bool = False) -> MixMIMTransformer:
@@ -123,11 +123,14 @@ def side_of(encoder: MixMIMTransformer) -> int:
 @torch.no_grad()
 def extract(
     encoder: MixMIMTransformer, view: View, images: Labelled, device: torch.device, threads: int, batch: int,
-    rank: int = 0, size: int = 1,
+    rank: int = 0, size: int = 1, broken: dict[int, str] | None = None,
 ) -> Vectors:  # fmt: skip
     """The vectors of all images that can be decoded, each once, in the order of the index; of several ranks, this
     one's batches of them. In fp32 whatever the run's precision is: so a run judges itself as launch/probe.py judges it,
     or an export of it, which does not say how it was trained.
+
+    Args:
+        broken: as of `CentralBatches`.
 
     Raises:
         ValueError: the encoder takes no squares.
@@ -135,7 +138,7 @@ def extract(
     """
     pixels, normalise = side_of(encoder), normalise_of(encoder, device)
     encoder = encoder.to(device).eval()
-    batches = CentralBatches(images.images, pixels, normalise, device, threads, batch, rank, size)
+    batches = CentralBatches(images.images, pixels, normalise, device, threads, batch, rank, size, broken)
     total = -(-len(images) // batch) // size
     vectors = [view(encoder, torch.zeros(1, 3, pixels, pixels, device=device))[:0].cpu()]  # a rank may have no batch
     rows = [np.zeros(0, np.int64)]

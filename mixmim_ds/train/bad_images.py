@@ -31,6 +31,16 @@ def check_share(data: DataConfig, images: Images, met: int = 0, where: str = "")
         )
 
 
+def check_judged(data: DataConfig, images: Images, judged: int) -> None:
+    """After an evaluation that could look at so many images of a set; a score of what happens to be whole misleads.
+
+    Raises:
+        RunFailed: as `check_share`.
+    """
+    met = len(images) - judged
+    check_share(data, images, met, "those of an evaluation that the log names" if met else "")
+
+
 def tell_unreadable(data: DataConfig, images: Images) -> None:
     """Warns of the files that an index leaves out.
 

@@ -24,6 +24,7 @@ from mixmim_ds.evaluate.pictures import Picture, draw_batch
 from mixmim_ds.export.to_timm import Form, export_run
 from mixmim_ds.finetune_config import FinetuneConfig
 from mixmim_ds.models import Classifier, MixMIMTransformer
+from mixmim_ds.train.bad_images import check_judged
 from mixmim_ds.train.distributed import (
     RankFailed,
     RunFailed,
@@ -82,7 +83,7 @@ def evaluate(config: FinetuneConfig) -> int:
             )
         normalise = normalise_of(encoder, world.device)
         try:
-            found = _score(config, world, val, encoder.to(world.device).eval(), normalise)
+            found = _score(config, world, val, encoder.to(world.device).eval(), normalise, {})
         except DataFailed as error:
             raise RankFailed(str(error)) from error
         if world.first:
@@ -173,18 +174,27 @@ def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[
     options = config.model
     model = Classifier(options.encoder, options.img_size, len(val.classes)).to(world.device).eval()
     normalise = Normalise(config.data.mean, config.data.std, world.device)
+    broken: dict[int, str] = {}  # what is need not be found each time
 
     def judge(path: Path) -> dict[str, float]:
         load_weights(model, made_once(world, lambda: read_saved(path)).averaged)
-        return _score(config, world, val, model.encoder, normalise)
+        return _score(config, world, val, model.encoder, normalise, broken)
 
     return judge
 
 
 def _score(
-    config: FinetuneConfig, world: World, val: Labelled, encoder: MixMIMTransformer, normalise: Normalise
-) -> dict[str, float]:
-    """Of all images that can be decoded, shared out among the ranks; in half precision where the run is."""
+    config: FinetuneConfig, world: World, val: Labelled, encoder: MixMIMTransformer, normalise: Normalise,
+    broken: dict[int, str],
+) -> dict[str, float]:  # fmt: skip
+    """Of all images that can be decoded, shared out among the ranks; in half precision where the run is.
+
+    Args:
+        broken: as of `CentralBatches`.
+
+    Raises:
+        RunFailed: too many cannot be (`data.max_bad_share`).
+    """
     dtype = DTYPES[config.precision]
     size, threads = side_of(encoder), config.data.threads or share_of_cores()
 
@@ -193,11 +203,12 @@ def _score(
             return encoder(images)
 
     batches = CentralBatches(
-        val.images, size, normalise, world.device, threads, config.train.micro_batch, world.rank, world.size
+        val.images, size, normalise, world.device, threads, config.train.micro_batch, world.rank, world.size, broken
     )
     found = on_every_rank(world, lambda: (count(classify, batches, val.labels), batches.left_out))
     if world.first:
         tell_left_out(left_out for _, left_out in found)
+    check_judged(config.data, val.images, sum(counts.images for counts, _ in found))
     return scores([counts for counts, _ in found])
 
 

@@ -17,6 +17,7 @@ from mixmim_ds.evaluate.probe import accuracy_of_votes, nearest, nearest_of
 from mixmim_ds.export.layouts import encoder_of
 from mixmim_ds.finetune_config import LabelledDataConfig
 from mixmim_ds.models import build_model
+from mixmim_ds.train.bad_images import check_judged
 from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_every_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.images import find_images, find_labelled
@@ -58,30 +59,36 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
     Raises:
         ValueError: `probe.data` holds no labelled images.
     """
-    data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir)
+    share = config.data.max_bad_share
+    data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir, max_bad_share=share)
     learn, judge_by = find_labelled(data, world, "probe.data")
     encoder = build_model(config.model).encoder
     encoder.pretrained_cfg |= {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
     batch, threads = config.train.micro_batch, config.data.threads or share_of_cores()
 
-    def vectors(part: Labelled) -> Vectors:
-        return extract(encoder, View(), part, world.device, threads, batch, world.rank, world.size)
+    def vectors(part: Labelled, broken: dict[int, str]) -> Vectors:
+        return extract(encoder, View(), part, world.device, threads, batch, world.rank, world.size, broken)
+
+    met: tuple[dict[int, str], dict[int, str]] = {}, {}  # what is broken of either set need not be found each time
 
     def scores(path: Path) -> dict[str, float]:
         """Of a checkpoint, on the first rank; nothing elsewhere."""
         load_weights(encoder, encoder_of(made_once(world, lambda: read_saved(path)).weights))
         known: list[Vectors] = []
 
-        def look() -> Vectors:
-            known.append(vectors(learn))  # these stay on their rank, for there may be millions
-            found = vectors(judge_by)
-            return replace(found, left_out=known[0].left_out + found.left_out)
+        def look() -> tuple[Vectors, int]:
+            known.append(vectors(learn, met[0]))  # these stay on their rank, for there may be millions
+            found = vectors(judge_by, met[1])
+            return replace(found, left_out=known[0].left_out + found.left_out), len(known[0].labels)
 
-        asked = on_every_rank(world, look)
+        asked, learned = zip(*on_every_rank(world, look), strict=True)
+        if world.first:
+            tell_left_out(each.left_out for each in asked)
+        check_judged(data, learn.images, sum(learned))
+        check_judged(data, judge_by.images, sum(len(each.labels) for each in asked))
         parts = gather_on_first(world, nearest(known[0], torch.cat([each.vectors for each in asked]), world.device))
         if not world.first:
             return {}
-        tell_left_out(each.left_out for each in asked)
         return {"knn": accuracy_of_votes(*nearest_of(parts), torch.cat([each.labels for each in asked]))}
 
     return scores

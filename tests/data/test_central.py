@@ -27,8 +27,10 @@ def index(labelled: Path, tmp_path: Path) -> Index:
     return open_index(shutil.copytree(labelled / "val", tmp_path / "copy"), tmp_path / "index")
 
 
-def batches_of(index: Index, batch: int, rank: int = 0, size: int = 1) -> CentralBatches:
-    return CentralBatches(index, 32, NORMALISE, CPU, 1, batch, rank, size)
+def batches_of(
+    index: Index, batch: int, rank: int = 0, size: int = 1, broken: dict[int, str] | None = None
+) -> CentralBatches:
+    return CentralBatches(index, 32, NORMALISE, CPU, 1, batch, rank, size, broken)
 
 
 def seen_by(batches: CentralBatches) -> dict[int, torch.Tensor]:
@@ -67,6 +69,31 @@ def test_broken_images_are_left_out_and_named_for_any_batch_and_number_of_ranks(
     left_out = dict(each for rank in ranks for each in rank.left_out)
     assert sorted(left_out) == sorted(index.name(row) for row in [*broken, 41]) and all(left_out.values())
     assert left_out[index.name(41)] == "No such file or directory"
+
+
+def test_what_is_known_to_be_broken_fails_no_batch_again_until_it_is_mended(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = []
+
+    def run(*arguments: object) -> torch.Tensor:
+        try:
+            return run_pipeline(*arguments)
+        except DecodeError:
+            failures.append(1)
+            raise
+
+    monkeypatch.setattr(central, "run_pipeline", run)
+    whole, known = index.path(40).read_bytes(), {}
+    for row in (0, 40):
+        index.path(row).write_bytes(b"text")
+    for times, told in ((2, [0, 40]), (0, [])):
+        failures.clear()
+        batches = batches_of(index, 16, broken=known)
+        assert len(seen_by(batches)) == 71 and len(failures) == times and sorted(known) == [0, 40]
+        assert [name for name, _ in batches.left_out] == [index.name(row) for row in told]
+    index.path(40).write_bytes(whole)
+    assert 40 in seen_by(batches_of(index, 16, broken=known)) and sorted(known) == [0]
 
 
 @pytest.mark.parametrize("error", [DecodeError("I/O error"), StorageDown(errno.EIO, "S3 answers 503", "s3://b/k")])

@@ -41,7 +41,11 @@ def test_a_broken_image_to_judge_by_is_left_out_and_named_by_the_first_rank(
     name = val.images.name(20)  # of the second batch of 16, which is the second rank's
     path = tmp_path / "data" / "val" / name
     path.write_bytes(path.read_bytes()[:300])
-    printed = tasks(*options, *data, f"init={straight}", "eval_only=true", script=SCRIPT)
+    judge = [*options, *data, f"init={straight}", "eval_only=true"]
+    printed = tasks(*judge, script=SCRIPT, code=1)
+    assert printed.endswith("start the same command again.\n") and printed.count("error: ") == 1, printed
+    assert "error: 1 of 73 images are broken, more than data.max_bad_share=0.001 allows, those of an eval" in printed
+    printed = tasks(*judge, "data.max_bad_share=0.02", script=SCRIPT)
     assert printed.count(f"{name} is left out of the evaluation, for it cannot be decoded (") == 1
     assert json.loads(printed.splitlines()[-1])["images"] == 72
 
