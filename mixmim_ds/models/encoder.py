@@ -25,14 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 def init_weights(module: nn.Module) -> None:
-    """The authors' initialisation of a Linear or LayerNorm; other modules keep theirs. For `nn.Module.apply`."""
+    """The authors' initialisation of a Linear; other modules keep PyTorch's. For `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
 
 
 class MixMIMTransformer(nn.Module):

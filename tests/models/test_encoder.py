@@ -5,7 +5,7 @@ import reference
 import timm
 import torch
 
-import mixmim_ds  # noqa: F401  it registers the encoders
+from mixmim_ds.models import Classifier
 
 # The paper's table: parameters with a 1000-way head and the fixed position table, GMAC at the name's image size. That
 # of huge at 384 was worked out by hand from huge, of which the tables alone grow.
@@ -48,6 +48,26 @@ def test_plain_images_equal_the_reference() -> None:
     shape = reference.Shape(32, depths, (1, 2, 4, 8), windows, 1, 1)
     expected = reference.encode(params, images, shape)
     torch.testing.assert_close(model.forward_features(images), expected, rtol=0, atol=1e-10)
+
+
+def test_each_rate_drops_what_it_names() -> None:
+    """All of it, at a rate of 1; biases, which stay, are 0 at first."""
+    tokens, images = torch.randn(2, 16, 16, 32), torch.randn(2, 3, 64, 64)
+
+    def training(**rates: float) -> torch.nn.Module:
+        return timm.create_model("mixmim_tiny", img_size=64, **rates).train()
+
+    assert torch.equal(training(proj_drop_rate=1.0).layers[0].blocks[0](tokens), tokens), "both residuals"
+    assert not training(attn_drop_rate=1.0).layers[0].blocks[0].attn(tokens).any()
+    assert not training(drop_rate=1.0)(images).any()
+
+
+def test_blocks_are_skipped_the_more_the_deeper_they_are() -> None:
+    blocks = Classifier("mixmim_tiny", 64, 3, drop_path=0.3).blocks()
+    assert [block.drop_path for block in blocks] == pytest.approx([0.05 * number for number in range(7)])
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 16, 16, 32)
+    assert torch.equal(blocks[0](tokens, skipped=torch.tensor(0.999)), tokens), "both residuals"
 
 
 def test_position_table_is_the_reference_and_travels_with_the_weights() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixmim_ds.models import MixMIM
@@ -134,6 +134,21 @@ def test_size_and_work_are_the_papers(encoder: str, parameters: int, gmacs: floa
     shape = shape_of(model)
     expected = reference.macs(shape, 224) + reference.decoder_macs(shape, 8 * shape.embed_dim, 512, 224)
     assert model.flops_per_image() == 2 * expected
+
+
+def test_weights_begin_as_the_authors_do() -> None:
+    """Matrices uniform within Xavier's limit, no biases, mask token and bias tables normal."""
+    torch.manual_seed(0)
+    model = MixMIM("mixmim_tiny", 64, **SMALL_DECODER)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in linear.items():
+        limit = (6 / sum(module.weight.shape)) ** 0.5
+        assert 0.98 * limit < module.weight.abs().max() <= limit, name
+        assert module.bias is None or not module.bias.any(), name
+    tables = [parameter for name, parameter in model.named_parameters() if "bias_table" in name]
+    for values in (model.mask_token, *tables):
+        assert 0.015 < values.std() < 0.025
+    assert len(linear) == 4 * 9 + 3 + 2 and len(tables) == 7, "four a block, three patch mergings, two of the decoder"
 
 
 def test_a_prediction_sees_nothing_of_its_place_nor_of_the_partner() -> None:

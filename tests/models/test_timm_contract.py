@@ -52,7 +52,8 @@ def test_config_says_what_the_model_is(name: str) -> None:
     assert config["num_classes"] == model.num_classes == model.get_classifier().out_features == 1000
     assert [info["num_chs"] for info in model.feature_info] == [model.embed_dim << stage for stage in range(4)]
     assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
-    assert model.no_weight_decay() <= {key for key, _ in model.named_parameters()}
+    assert config["crop_pct"] == (0.875 if config["input_size"][1] == 224 else 1.0)
+    assert not model.no_weight_decay(), "the authors decay the position bias tables, too"
     assert apply_test_time_pool(model, config)[1] is False
     with pytest.raises(TypeError, match="no_option"):
         timm.create_model(name, device="meta", no_option=1)
