@@ -79,6 +79,40 @@ def test_classes_that_a_line_parts_are_told_and_noise_is_not() -> None:
     assert abs(accuracy - 0.2) < 0.06  # five standard deviations of a thousand guesses
 
 
+def test_channels_are_standardised_by_the_training_set() -> None:
+    scales = torch.tensor([1e-3] * 5 + [1e3] * 3)  # those that tell the classes are the small ones
+    train, val = (Vectors(each.vectors * scales + 1, each.labels) for each in (clouds(200, 0.05), clouds(100, 0.05)))
+    assert accuracy_of_classifier(train, val, CPU)[0] == 1
+    alike = val.labels == 3
+    assert accuracy_of_classifier(train, Vectors(val.vectors[alike], val.labels[alike]), CPU)[0] == 1, "one class alone"
+
+
+def test_the_penalty_is_the_best_for_every_fifth_image_by_the_others() -> None:
+    """Among channels of noise, where it matters."""
+    dice = torch.Generator().manual_seed(1)
+
+    def noisy(count: int) -> Vectors:
+        told = clouds(count, 0.6)
+        channels = torch.cat([told.vectors, torch.randn(count, 100, generator=dice)], 1)
+        order = torch.randperm(count, generator=dice)
+        return Vectors(channels[order], told.labels[order])
+
+    train, val = noisy(200), noisy(600)
+
+    def share_told(learn: Vectors, told: Vectors, penalty: float) -> float:
+        middle, spread = learn.vectors.mean(0), learn.vectors.std(0)
+        weight, bias = fit((learn.vectors - middle) / spread, learn.labels, 5, penalty)
+        named = ((told.vectors - middle) / spread @ weight.T + bias).argmax(1)
+        return (named == told.labels).float().mean().item()
+
+    fifth = torch.arange(200) % 5 == 0
+    held, others = (Vectors(train.vectors[part], train.labels[part]) for part in (fifth, ~fifth))
+    found = {penalty: share_told(others, held, penalty) for penalty in probe.PENALTIES}
+    best = max(found, key=found.__getitem__)
+    accuracy, penalty = accuracy_of_classifier(train, val, CPU)
+    assert penalty == best and accuracy == pytest.approx(share_told(train, val, best), abs=2.5 / 600)
+
+
 @pytest.mark.parametrize("view", [View(), View(norm=False), View(stage=2)], ids=str)
 def test_vectors_are_those_of_the_central_crop_in_the_order_of_the_index(
     view: View, labelled: Path, tmp_path: Path
@@ -101,7 +135,10 @@ def test_vectors_are_those_of_the_central_crop_in_the_order_of_the_index(
         options = timm.data.resolve_data_config(encoder.pretrained_cfg)
         ready = vision.normalize(vision.to_tensor(pixels), options["mean"], options["std"])
         with torch.no_grad():
-            expected = view(encoder, ready[None])[0]
+            tokens = encoder.embed(ready[None])
+            for stage in encoder.layers[: view.stage or 4]:
+                tokens = stage(tokens)
+            expected = (encoder.norm(tokens) if view == View() else tokens).mean((1, 2))[0]
         # DALI's antialiased cubic is within a level or two of PIL's
         torch.testing.assert_close(vectors[i], expected, rtol=0, atol=0.02 * expected.abs().max().item())
 

@@ -4,18 +4,31 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from launching import tasks
 from PIL import Image
+from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as vision
 from tuning import SCRIPT, STEPS, told
 
 from mixmim_ds.compose import load_finetune_config
 from mixmim_ds.data.labelled import open_labelled
+from mixmim_ds.evaluate.accuracy import count, scores
 from mixmim_ds.export.weights import read_weights
+
+
+def test_scores_are_of_images_not_of_batches() -> None:
+    """The logits of six images rank class k in place k; the fourth row of each batch is padding."""
+    ranked = -torch.arange(9.0).expand(4, -1)
+    labels = torch.tensor([0, 3, 4, 5, 8, 0])
+    batches = [(ranked, np.array([0, 1, 2])), (ranked, np.array([5, 4, 3]))]
+    found = scores([count(nn.Identity(), [batch], labels) for batch in batches])
+    loss = ranked[0].logsumexp(0).item() + sum(labels.tolist()) / 6
+    assert found == {"top1": 2 / 6, "top5": 4 / 6, "loss": pytest.approx(loss), "images": 6}
 
 
 @pytest.mark.slow
