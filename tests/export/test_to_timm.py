@@ -17,6 +17,8 @@ from launching import ROOT, converted, refusal, typed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from mixmim_ds.evaluate.features import load_encoder
+from mixmim_ds.export.pretrained import load_pretrained
 from mixmim_ds.models import MixMIM
 
 pytestmark = pytest.mark.slow
@@ -98,6 +100,16 @@ def test_config_and_card_say_what_it_is(trained: Path, tmp_path: Path) -> None:
         assert words in card
     assert "mixmim_ds is a Python package" in card and "timm >= 1.0.31" in card and "import timm, mixmim_ds\n" in card
     assert "\npipeline_tag: image-feature-extraction\n" in card and "\nlicense: unknown\n" in card
+
+
+def test_the_normalisation_of_a_run_goes_along(own: Path, tmp_path: Path) -> None:
+    config, told = OmegaConf.load(own / "config.yaml"), {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    config.data.mean, config.data.std = told.values()
+    OmegaConf.save(config, own / "config.yaml")
+    for source in (own, converted(own, tmp_path / "timm", "--with-decoder")):
+        encoder, whole = load_encoder(str(source), 0, "source"), load_pretrained(source)
+        assert {name: list(encoder.pretrained_cfg[name]) for name in told} == told
+        assert {"mean": whole.mean, "std": whole.std} == told
 
 
 def test_an_export_is_a_repository_of_the_hub(trained: Path, tmp_path: Path) -> None:
