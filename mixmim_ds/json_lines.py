@@ -31,7 +31,6 @@ class JsonLines:
         """Appends rows, or says that it cannot."""
         self.unwritten += "".join(json.dumps(row) + "\n" for row in rows)
         try:
-            self.path.parent.mkdir(exist_ok=True)
             append_whole(self.path, self.unwritten)
             self.unwritten = ""
         except OSError as error:

@@ -91,6 +91,7 @@ def observe(config: PretrainConfig, world: World) -> None:
                 found = sizes(held(engine)) | {"weights": weights}
                 engine.step()
     found["peak"] = sum(sizes(at_start).values()) + observer.peak
+    Path(config.run_dir).mkdir(exist_ok=True)
     Saver(engine, config, world, 0).save(2, must=True)
     if world.first:
         (Path(config.run_dir) / "held.json").write_text(

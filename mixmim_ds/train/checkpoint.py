@@ -135,9 +135,9 @@ def _check_finite(engine: DeepSpeedEngine) -> None:
 def _clear(folder: Path, unfinished: Path) -> None:
     """Makes the place to write to, without what killed saves left behind."""
     if not folder.is_dir():
-        folder.mkdir(parents=True)
+        folder.mkdir()  # not the run folder as well: one that was moved away would be in two halves
         sync(folder.parent)
-    for leftover in folder.glob("*.tmp"):
+    for leftover in folder.glob("step_????????.tmp"):  # others' files are none of ours
         shutil.rmtree(leftover)
     unfinished.mkdir()
 

@@ -124,7 +124,9 @@ def earlier_weights(config: RunConfig, facts: dict[str, Any]) -> Path | None:
 
 def _set_asides(folder: Path) -> list[Path]:
     """Runs that made way for others, oldest first."""
-    return sorted(folder.glob("earlier_*"), key=lambda path: int(path.name.removeprefix("earlier_")))
+    numbers = {path: path.name.removeprefix("earlier_") for path in folder.glob("earlier_*")}
+    ours = [path for path, number in numbers.items() if number.isdecimal()]  # others may bear the user's names
+    return sorted(ours, key=lambda path: int(numbers[path]))
 
 
 def _half_aside(folder: Path) -> Path | None:

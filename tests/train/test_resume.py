@@ -138,11 +138,16 @@ def test_damaged_checkpoints_are_named_set_aside_and_the_one_before_is_used(
 
 
 def test_weights_start_anew_where_the_run_cannot_go_on(small_run: list[str], tmp_path: Path) -> None:
+    """Beside things of the user's own, whose names are like the run's."""
     folder = tmp_path / "run"
     options = [*small_run, f"run_dir={folder}", "train.max_steps=2", "precision=fp32"]
     refused = tasks(*options, "resume=weights", processes=1, code=2)
     assert "resume=weights has no effect" in refused and not folder.exists()
+    for name in ("checkpoints/upload.tmp", "earlier_thoughts"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "theirs").touch()
     tasks(*options, processes=1)
+    assert (folder / "checkpoints" / "upload.tmp" / "theirs").exists()
     before, weights = numbers(folder), saved_in(folder).masters
     anew = [*options, "train.global_batch=16", "resume=weights"]
     printed = tasks(*anew, processes=1)

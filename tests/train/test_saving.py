@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from launching import ROOT, command, environment, rows, tasks
+from launching import ROOT, command, environment, read_until, rows, start, tasks
 
 from mixmim_ds.checkpoints import BEST, MARKER, append_whole, newest_complete
 from mixmim_ds.compose import load_config
@@ -94,7 +94,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_what_was_saved(small_run: list
 
 def test_only_failures_in_a_row_end_a_run(tmp_path: Path) -> None:
     config = load_config(["model=tiny", "data=synthetic", f"run_dir={tmp_path}", "train.max_failed_saves=2"])
-    in_the_way = tmp_path / "checkpoints" / "no_folder.tmp"
+    in_the_way = tmp_path / "checkpoints" / "step_00000009.tmp"
     in_the_way.parent.mkdir()
     with connected(60) as world:
         engine = build_engine(config, build_model(config.model), world)
@@ -114,6 +114,20 @@ def test_the_keep_rules_spare_the_best(tmp_path: Path) -> None:
     (tmp_path / BEST).write_text("step_00000002")
     _prune(tmp_path, keep_last=2, keep_every=4)
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*")) == [2, 4, 6, 7]
+
+
+def test_a_run_whose_folder_is_moved_away_makes_no_other_in_its_place(small_run: list[str], tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    process = start(*small_run, f"run_dir={run}", "train.max_steps=40", "train.save_every=4", "train.picture_every=2")
+    read_until(process, "step 5/")
+    run.rename(moved)
+    printed, _ = process.communicate(timeout=120)
+    (error,) = (line for line in printed.splitlines() if line.startswith("error: "))
+    assert process.returncode == 1 and "cannot be saved ([Errno 2] No such file or directory: " in error
+    assert f"{run / 'metrics.jsonl'} cannot be written (No such file or directory)" in printed
+    newest = newest_complete(moved)
+    assert newest is not None and f"the newest is that of step {newest.step}, failed tries: 3." in error
+    assert not run.exists()
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_is_said_to_be(
