@@ -142,7 +142,7 @@ def _whole_run(prepare: Callable[[World], Task], world: World, stop: StopRequest
     except RuntimeError as error:
         if not is_peer_lost(error):
             raise
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # gloo's advice follows
         raise PeerLost(
             f"rank {world.rank} waited in vain for another one, which has died or hangs ({reason})."
         ) from error
