@@ -17,7 +17,6 @@ from mixmim_ds.evaluate.probe import accuracy_of_votes, nearest, nearest_of
 from mixmim_ds.export.layouts import encoder_of
 from mixmim_ds.finetune_config import LabelledDataConfig
 from mixmim_ds.models import build_model
-from mixmim_ds.train.bad_images import check_judged
 from mixmim_ds.train.distributed import World, gather_on_first, made_once, on_every_rank, share_of_cores
 from mixmim_ds.train.engine import accumulation
 from mixmim_ds.train.images import find_images, find_labelled
@@ -76,19 +75,16 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
         load_weights(encoder, encoder_of(made_once(world, lambda: read_saved(path)).weights))
         known: list[Vectors] = []
 
-        def look() -> tuple[Vectors, int]:
+        def look() -> Vectors:
             known.append(vectors(learn, met[0]))  # these stay on their rank, for there may be millions
             found = vectors(judge_by, met[1])
-            return replace(found, left_out=known[0].left_out + found.left_out), len(known[0].labels)
+            return replace(found, left_out=known[0].left_out + found.left_out)
 
-        asked, learned = zip(*on_every_rank(world, look), strict=True)
-        if world.first:
-            tell_left_out(each.left_out for each in asked)
-        check_judged(data, learn.images, sum(learned))
-        check_judged(data, judge_by.images, sum(len(each.labels) for each in asked))
+        asked = on_every_rank(world, look)
         parts = gather_on_first(world, nearest(known[0], torch.cat([each.vectors for each in asked]), world.device))
         if not world.first:
             return {}
+        tell_left_out(each.left_out for each in asked)
         return {"knn": accuracy_of_votes(*nearest_of(parts), torch.cat([each.labels for each in asked]))}
 
     return scores

@@ -173,7 +173,7 @@ def test_a_run_probes_itself_as_the_command_probes_it(labelled: Path, small_run:
     broken = [sorted((data / part).glob("*/*.jpg"))[20] for part in ("train", "val")]
     for path in broken:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    options = [f"probe.data={data}", "probe.every=1", "train.max_steps=9", "data.max_bad_share=0.02"]
+    options = [f"probe.data={data}", "probe.every=1", "train.max_steps=9"]
     tasks(*small_run, f"run_dir={run}", f"data.root={labelled}/train", "train.log_every=9", *options)
     judged = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [row["step"] for row in judged] == [7, 9], "225 images are 7 steps of 32"

@@ -48,7 +48,7 @@ def test_an_error_of_a_library_is_shown_whole_by_any_rank(
     monkeypatch.setenv("MISTAKEN", "training")
     printed = tasks(*small_run, f"run_dir={tmp_path}", "train.max_steps=1", script="tests/mistaken.py", code=1)
     assert "Traceback" in printed and "ValueError: this rank alone knows" in printed
-    (waited,) = (line for line in printed.splitlines() if line.startswith("error: rank 0 waited in vain for another one"))
+    (waited,) = (line for line in printed.splitlines() if line.startswith("error: rank 0 waited in vain for another"))
     assert waited.endswith(").") and waited.count(". ") == 0, "without gloo's advice"
     assert "error: rank 1: RuntimeError: training met an error that it should not" in printed.splitlines()
     kept = (tmp_path / "train.log").read_text()
