@@ -1,6 +1,7 @@
 """The page of a run: what it holds, of runs long, broken and half empty; and a browser that opens it."""
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import typed
+from PIL import Image
 
 from mixmim_ds.evaluate.pictures import Picture
 from mixmim_ds.report.curves import POINTS, Curve, nice_ticks, panel, thin
@@ -58,7 +60,10 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows[50_000:50_200] = [row | {"loss": None} for row in rows[50_000:50_200]]
     (folder / "metrics.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, rows))) + '{"step": 2000')
     (folder / "evaluations.jsonl").write_text(
-        "".join(json.dumps({"step": s, "epoch": s, "top1": s / 10, "top5": 0.5, "loss": 2.0}) + "\n" for s in range(4))
+        "".join(
+            json.dumps({"step": s, "epoch": s, "top1": s / 10, "knn": 0.5, "top5": 0.5, "loss": 2.0}) + "\n"
+            for s in range(4)
+        )
     )
     (folder / "train.log").write_text(
         "2026-01-01 10:00:00 mixmim_base | 1,281,167 images | 128 img/process x 8 processes x 2 accumulation = "
@@ -91,9 +96,10 @@ def test_the_page_of_an_eventful_run_tells_all_of_it_and_runs_nothing(eventful: 
         "finished", "2,000,000 of 2,000,000", "128 img/process x 8 processes x 2 accumulation = 2048 img/step",
         "cannot be saved (No space left on device)", "200 more are in the run folder", "loss of rank 3, 5",
         "damaged, set aside", "each point of a line is the mean of 100 rows", EVIL, "top-1, validation",
-        "went on from step 400,000",
+        "went on from step 400,000", "top-1 of 20 neighbours",
     ):  # fmt: skip
         assert words in page.text, words
+    assert re.findall(r"<td class=warn>([^<]*)", html) == ["save failed"]
     assert not page.named("script") and not page.named("link")
     sources = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")]
     assert len(sources) == 3 and all(source.startswith("data:image/webp;base64,") for source in sources)
@@ -106,12 +112,27 @@ def test_thin_curves_keep_means_and_every_peak() -> None:
     rows[7_000]["loss"] = None
     points = thin(rows, "loss")
     assert len(points) <= POINTS and max(point.high for point in points) == 99.0
-    assert points[0].mean == sum(i % 7 for i in range(13)) / 13 and (points[0].low, points[0].high) == (0, 6)
+    assert (
+        points[0].step == 6
+        and points[0].mean == sum(i % 7 for i in range(13)) / 13
+        and (points[0].low, points[0].high) == (0, 6)
+    )
     assert [point.mean for point in thin(rows[:900], "loss")] == [row["loss"] for row in rows[:900]]
     gone = thin([{"step": i, "loss": {4: None, 5: math.inf}.get(i, 1.0)} for i in range(9)], "loss")
     drawn = panel(Curve("loss", "loss", str), gone, marks=[])
     assert drawn.count("<polyline") == 2 and drawn.count("<circle") == 2, "a gap is no line"
     assert panel(Curve("mfu", "MFU", str), thin(rows, "mfu"), marks=[]) == "", "nothing to draw"
+
+
+def test_a_curve_goes_from_edge_to_edge_with_its_least_value_at_the_foot() -> None:
+    """A panel of 360 x 150, with margins of 46 and 12 beside the curve, 8 above and 22 below it."""
+    points = thin([{"step": 100, "loss": 4.0}, {"step": 150, "loss": 3.0}, {"step": 300, "loss": 2.0}], "loss")
+    for from_zero, heights in ((False, (8, 68, 128)), (True, (8, 38, 68))):
+        drawn = panel(Curve("loss", "loss", str, from_zero), points, marks=[150])
+        (line,) = re.findall(r'<polyline class=line points="(.*?)"', drawn)
+        found = [tuple(map(float, corner.split(","))) for corner in line.split()]
+        assert found == list(zip((46, 121.5, 348), heights, strict=True))
+        assert '<line class=mark x1="121.5" x2="121.5"' in drawn
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.31, 0.32), (0, 2e6), (-5, 3), (1e-9, 2e-9)])
@@ -130,6 +151,11 @@ def test_pictures_are_the_first_the_middle_and_the_last(eventful: Path) -> None:
     copy.mkdir()
     (copy / file.name).write_bytes(whole[: len(whole) // 2])
     assert 1 <= len(read_pictures(copy)) < 3, "half a file of a killed run is read to its break"
+    board = Board(copy, 0)
+    board.picture(1, Picture("reconstructions", torch.full((3, 64, 96), 9, dtype=torch.uint8).random_(10), "columns"))
+    board.close(finished=True)
+    (step, webp), *_ = read_pictures(copy)
+    assert step == 1 and Image.open(io.BytesIO(webp)).convert("L").getextrema()[1] < 40, "the one drawn later"
 
 
 def test_a_half_empty_folder_and_a_run_at_work_are_told_as_they_are(tmp_path: Path) -> None:
@@ -139,8 +165,27 @@ def test_a_half_empty_folder_and_a_run_at_work_are_told_as_they_are(tmp_path: Pa
     with (tmp_path / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert read_story(tmp_path).state == "running"
-    (tmp_path / "train.log").write_text("2026-01-01 10:00:00 stopped after step 7; run folder: x\n")
-    assert read_story(tmp_path).state == "stopped"
+        rows = [{"step": 60, "step_time_s": 1.0}, {"step": 120, "step_time_s": 2.0}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "train.log").write_text("2026-01-01 09:00:00 step 120/300 | epoch 1 | loss 0.1\n")
+        told = Page(render(read_story(tmp_path))).text
+        assert "0 h 03 mintime in training" in told and "0 h 06 minto go, at this rate" in told
+    log = ""
+    for words, state in (
+        ("stopped after step 7; run folder: x", "stopped"),
+        ("mixmim_tiny | 300 images | 32 img/step | 9 steps, 9 an epoch | peak lr 1 | x", "ended"),
+        ("error: x", "failed"),
+        ("this run has already done its steps", "finished"),
+    ):
+        log += f"2026-01-01 10:00:00 {words}\n"
+        (tmp_path / "train.log").write_text(log)
+        assert read_story(tmp_path).state == state
+
+
+def test_of_many_starts_the_newest_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps([{"started": f"day {day}."} for day in range(150)]))
+    told = Page(render(read_story(tmp_path))).text
+    assert "day 149." in told and "day 50." in told and "day 49." not in told and "50 older are in" in told
 
 
 def test_names_that_are_no_utf8_are_told_with_their_bytes(tmp_path: Path) -> None:
@@ -202,5 +247,5 @@ def test_a_browser_opens_the_page_without_an_error_or_a_request(eventful: Path, 
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     (told,) = re.findall(r"<p id=\"told\">(.*?)</p>", done.stdout)
-    assert told == "told 0 requests, 3 pictures, 10 lines, fits"
+    assert told == "told 0 requests, 3 pictures, 11 lines, fits"
     assert "CONSOLE" not in done.stderr, done.stderr
