@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from mixmim_ds.benchmark.timing import in_turn, medians
 from mixmim_ds.compose import load_config
 from mixmim_ds.config import PretrainConfig
 from mixmim_ds.models import MixMIM
-from mixmim_ds.train.distributed import connect, disconnect
+from mixmim_ds.train.distributed import World, connect, disconnect
 
 
 def test_the_plain_method_computes_the_same() -> None:
@@ -117,6 +118,45 @@ def test_sides_take_turns_and_medians_are_theirs() -> None:
     rows = in_turn({name: partial(side, name) for name in times}, warmup=1, repeats=3)
     assert called == ["ours", "plain", "plain", "ours", "ours", "plain", "plain", "ours"]
     assert medians(rows["plain"])["step_s"] / medians(rows["ours"])["step_s"] == 2.5
+
+
+def test_phases_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class Slow:
+        def forward(self, batch: object) -> None:
+            now[0] += 2
+
+        def backward(self, loss: object) -> None:
+            now[0] += 4
+
+        def update(self) -> None:
+            now[0] += 8
+
+    def batches() -> Iterator[None]:
+        while True:
+            now[0] += 1
+            yield None
+
+    found = time_steps(Slow(), batches(), turns=2, steps=3, device=torch.device("cpu"))
+    assert found == {"step_s": 30, "data_s": 2, "forward_s": 4, "backward_s": 8, "optimizer_s": 16}
+
+
+def test_rates_and_ratios_are_the_arithmetic_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 images in 2 s on 2 GPUs are 16 a second on each: 3 x 16 x 1 GFLOP of a peak of 1 TFLOP/s."""
+    monkeypatch.setattr(train, "peak_flops", lambda precision: 1e12)
+    config = load_config(["run_dir=DIR", "data=synthetic", "train.global_batch=64", "train.micro_batch=32"])
+    rows = [{"step_s": seconds, "forward_s": seconds / 4, "backward_s": seconds / 2} for seconds in (1.0, 2.0, 5.0)]
+    ours = train._rates(config, World(0, 2, torch.device("cpu"), None), rows, 10**9)
+    assert (ours["images_per_s"], ours["images_per_s_per_gpu"], ours["mfu"]) == (32, 16, 0.048)
+    assert (ours["step_s"], ours["fastest_step_s"], ours["step_s_range"]) == (2, 1, "(1 to 5)")
+    plain = {"step_s": 3.0, "fastest_step_s": 2.5, "forward_s": 1.0, "backward_s": 0.8}
+    loop = {"step_s": 4.0, "fastest_step_s": 5.0, "forward_s": 1.0, "backward_s": 2.0}
+    assert train._ratios({"ours": ours, "plain": plain, "ours_in_plain_loop": loop}) == {
+        "ratio": 1.5, "ratio_forward_backward": 1.2, "ratio_of_fastest": 2.5, "ratio_in_plain_loop": 0.75,
+        "ratio_in_plain_loop_forward_backward": 0.6, "ratio_in_plain_loop_of_fastest": 0.5,
+    }  # fmt: skip
 
 
 def test_loader_compares_with_torchvision(photographs: Path) -> None:

@@ -1,6 +1,7 @@
 """The planner against real engines, real tensors, real checkpoints; its words as they are typed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,11 @@ def test_a_checkpoint_is_as_large_as_planned(stage: int, held: Held) -> None:
     assert checkpoint_bytes(total, buffers, config, 2) == pytest.approx(size, rel=5e-3)
 
 
-def test_the_batch_is_the_engines() -> None:
-    done = plan(*parse(["model=tiny", "train.global_batch=768", "nodes=3", "gpus_per_node=4", "train.micro_batch=32"]))
+def test_batch_and_length_are_the_engines() -> None:
+    length = ["images=7700", "train.epochs=3", "train.max_steps=22", "train.save_every=7"]
+    batch = ["train.global_batch=768", "nodes=3", "gpus_per_node=4", "train.micro_batch=32"]
+    done = plan(*parse(["model=tiny", *length, *batch]))
+    assert (done.steps, done.saves) == (22, 4), "the last step is saved, too"
     assert done.config.train.micro_batch * done.words.gpus * accumulation(done.config, done.words.gpus) == 768
     assert done.step.accumulation == accumulation(done.config, 12)
     assert all(step.global_batch == 768 for step in done.strong) and {s.gpus for s in done.strong} == {4, 8, 16, 32, 64}
@@ -119,6 +123,11 @@ def test_the_setting_taken_splits_and_recomputes_no_more_than_it_must() -> None:
         assert done.chosen.total <= done.words.budget < 0.9 * 40e9 + 1
         row = next(row for row in done.rows if (row.ds, row.mode) == (done.chosen.ds, done.chosen.mode))
         assert row == done.chosen
+        assert {step.micro_batch for step in done.strong} <= set(range(done.chosen.largest + 1))
+        assert {(step.micro_batch, step.accumulation) for step in done.weak} == {
+            (done.chosen.micro_batch, 2048 // done.chosen.micro_batch)
+        }
+    assert roomy.note.endswith("GiB, fits.") and tight.note.endswith("GiB, does not fit.")
     with pytest.raises(ValueError, match="nothing fits into gpu=a100_40 with 10% to spare, not even 2 images"):
         plan(*parse([*machine, "model.img_size=28672"]))
 
@@ -131,11 +140,16 @@ def test_what_a_run_refuses_is_not_planned() -> None:
         plan(*parse(["model=tiny", "compile=true", "gpu=a100_40", "model.img_size=28672"]))
 
 
-def test_time_is_the_arithmetic_it_says() -> None:
+def test_what_is_offloaded_is_not_on_the_gpu() -> None:
+    gpu, host = (states([1000, 1000], tiny(f"ds={ds}"), 2) for ds in ("zero3", "zero3_offload"))
+    assert gpu.gradients and host == replace(gpu, gradients=0, masters=0, moments=0, step=0)
+
+
+def test_time_is_the_arithmetic_it_says(tmp_path: Path) -> None:
     assert seconds_per_image(10**9, "none", 1e12, 0.5) == pytest.approx(3 * 10**9 / 5e11)
     assert seconds_per_image(10**9, "full", 1e12, 0.5) == pytest.approx(4 * 10**9 / 5e11)
     machine = Machine(gpus_per_node=4, nvlink_gbs=100, link_gbs=10)
-    assert machine.link(4) == 100e9 and machine.link(8) == 40e9
+    assert machine.link(4) == 100e9 and machine.link(8) == 40e9 and replace(machine, link_gbs=50).link(8) == 100e9
     step = step_of(tiny(), 10**9, gpus=8, accumulation=2, image_s=0.01, machine=machine)
     sent = 7 / 8 * (2 * 4 + 2) * 1e9
     assert step.sent_gb == pytest.approx(sent / 1e9) and step.waiting_s == pytest.approx(sent / 40e9)
@@ -143,6 +157,13 @@ def test_time_is_the_arithmetic_it_says() -> None:
     other = step_of(tiny("ds=zero2"), 10**9, gpus=8, accumulation=2, image_s=0.01, machine=machine)
     assert other.hideable == pytest.approx(min(7 / 8 * 16 / 40, 2 / 3 * 0.16) / other.sending_s)
     assert other.waiting_s == other.sending_s, "the shipped file does not overlap"
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    settings["zero_optimization"] |= {"overlap_comm": True, "use_multi_rank_bucket_allreduce": False}
+    (tmp_path / "own.json").write_text(json.dumps(settings))
+    config = tiny(f"ds={tmp_path / 'own.json'}", "activation_checkpointing=full")
+    own = step_of(config, 10**9, gpus=8, accumulation=2, image_s=0.01, machine=machine)
+    assert own.sending_s == pytest.approx(7 / 8 * (8 + 2) / 40)
+    assert own.waiting_s == pytest.approx(own.sending_s - 3 / 4 * 0.16), "a backward pass repeats the forward pass"
     assert all(gpu.peak in PEAK_FLOPS for gpu in GPUS.values())
 
 
@@ -183,6 +204,11 @@ def test_the_command_as_typed() -> None:
         found["steps"] * (128 / 1500 + found["step"]["waiting_s"]) + found["saves"] * found["checkpoint_s"]
     )
     assumed = planned_by("model=tiny", "mfu=0.1")
+    flops = 3 * build_model(load_config(["run_dir=DIR", "model=tiny", "data=synthetic"]).model).flops_per_image()
+    assert f"{flops / 1e9:.1f} GFLOP an image and step" in assumed
+    assert f" {0.1 * 989e12 / flops:.0f} img/s at mfu=0.1" in assumed
+    first = re.findall(r"^(strong|weak).*  ([\d.]+%)$", assumed, re.MULTILINE)
+    assert [first[0], first[5]] == [("strong", "100.0%"), ("weak", "100.0%")]
     assert "mfu=0.1 (assumed, give img_s=N; base reached 0.2 with compile=true activation_checkpointing=s" in assumed
     told = planned_by("model=tiny", "gpu=v100", code=2)
     assert [line for line in told.splitlines() if line.startswith("error: ")] and "Traceback" not in told
