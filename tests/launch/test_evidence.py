@@ -29,7 +29,10 @@ def test_jobs_have_names_of_their_own_and_pretraining_ones_compose(evidence: Mod
     runs = {job.name: job.words for job in jobs if "launch/pretrain.py" in job.words}
     for job in jobs:
         if "launch/finetune.py" in job.words:
-            load_finetune_config(list(job.words[job.words.index("launch/finetune.py") + 1 :]))
+            config = load_finetune_config(list(job.words[job.words.index("launch/finetune.py") + 1 :]))
+            _, weights, seed = job.name.split("_")
+            assert config.init == ("random" if weights == "random" else f"/out/pretrained_{seed}")
+            assert (config.train.seed, config.optim.layer_decay < 1) == (int(seed), weights == "pretrained")
     models = {}
     for name, words in runs.items():
         config = load_config(list(words[words.index("launch/pretrain.py") + 1 :]))
