@@ -9,8 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, converted, refusal
 from omegaconf import OmegaConf
+
+from mixmim_ds.export.files import write_safetensors
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +107,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(trained: Path, tmp_path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "cannot be written" in done.stderr.splitlines()[-1], "and nothing is listed after it"
+
+
+def test_what_reads_back_otherwise_is_an_error(tmp_path: Path) -> None:
+    class Changing:
+        shape, dtype = torch.Size([2]), torch.float32
+        values = iter((torch.zeros(2), torch.ones(2)))
+
+        def contiguous(self) -> torch.Tensor:
+            return next(self.values)
+
+    with pytest.raises(OSError, match="gives back another x than was written"):
+        write_safetensors(tmp_path / "out", {"x": Changing()}, torch.float32)
 
 
 def test_killed_while_it_writes_it_leaves_no_half(trained: Path, tmp_path: Path) -> None:

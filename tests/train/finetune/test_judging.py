@@ -18,6 +18,7 @@ from tuning import SCRIPT, STEPS, told
 from mixmim_ds.compose import load_finetune_config
 from mixmim_ds.data.labelled import open_labelled
 from mixmim_ds.evaluate.accuracy import count, scores
+from mixmim_ds.export.to_timm import Form, export_run
 from mixmim_ds.export.weights import read_weights
 
 
@@ -68,6 +69,21 @@ def test_the_best_checkpoint_stays(straight: Path) -> None:
     best = max(judged, key=lambda row: row["top1"])
     assert (straight / "checkpoints" / "best").read_text() == f"step_{best['step']:08d}"
     assert (straight / "checkpoints" / f"step_{best['step']:08d}" / "COMPLETE.json").exists()
+
+
+def test_the_best_is_exported_with_what_was_told_of_it(straight: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(straight, tmp_path / "run")
+    (folder / "checkpoints" / "best").write_text(f"step_{STEPS // 2:08d}")
+    assert export_run(folder, tmp_path / "timm", Form()).step == STEPS // 2
+    steps, judged = told(straight)
+    assert judged[0]["top1"] != judged[1]["top1"]
+    card = (tmp_path / "timm" / "README.md").read_text()
+    for words in (f"{judged[0]['top1']:.2%} of 73 images", f"{steps[STEPS // 2 - 1][1]:.4f} at step {STEPS // 2}\n"):
+        assert words in card
+    rows = folder / "evaluations.jsonl"
+    rows.write_text(rows.read_text().replace(f'"step": {STEPS // 2},', f'"step": {STEPS // 2 - 1},'))
+    export_run(folder, tmp_path / "unjudged", Form())
+    assert "not measured" in (tmp_path / "unjudged" / "README.md").read_text()
 
 
 def test_a_run_whose_best_is_gone_is_exported_as_it_is(straight: Path, tmp_path: Path) -> None:
