@@ -110,7 +110,7 @@ class MixMIM(nn.Module):
         self.decoder_blocks = cast(list[DecoderBlock], decoder_blocks)
         self.decoder_norm = nn.LayerNorm(decoder_dim)
         self.decoder_pred = nn.Linear(decoder_dim, CELL * CELL * 3)
-        for part in (self.decoder_embed, decoder_blocks, self.decoder_norm, self.decoder_pred):
+        for part in (self.decoder_embed, decoder_blocks, self.decoder_pred):
             part.apply(init_weights)
         trunc_normal_(self.mask_token, std=0.02)
 
