@@ -94,7 +94,7 @@ def test_feature_maps_are_the_stages(name: str, taken: tuple[int, ...]) -> None:
         assert torch.equal(found, stages[index])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Converting a tensor")
 def test_feature_maps_can_be_scripted_and_exported(name: str) -> None:
     backbone = small(name, features_only=True, out_indices=(0, 2))
     images = images_for(backbone.model)
@@ -176,7 +176,7 @@ def test_bf16_stays_bf16(name: str) -> None:
     torch.testing.assert_close(rough.float(), exact, rtol=0, atol=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Converting a tensor")
 def test_it_can_be_exported_scripted_and_traced(name: str) -> None:
     model = small(name, num_classes=3)
     images = images_for(model)
