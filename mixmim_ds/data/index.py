@@ -89,7 +89,7 @@ def open_index(root: Path, index_dir: Path, progress: bool = False) -> Index:
 
 def _store(root: Path, index_dir: Path) -> Store[Index]:
     place = place_of(index_dir, os.fsencode(root))
-    return Store(place, partial(_wrap, root), partial(_directories_unchanged, root), times="mtimes")
+    return Store(place, partial(_wrap, root), partial(_times_now, root), state="mtimes")
 
 
 def _wrap(root: Path, stored: Stored) -> Index:
@@ -110,10 +110,9 @@ def fields_of(stored: Stored) -> dict[str, Any]:
     }
 
 
-def _directories_unchanged(root: Path, stored: Stored) -> bool:
-    """Whether all directories have the times they had; raises OSError if one is gone."""
-    times = scan.mtimes_of(os.fsencode(root), stored.arrays["directories"])
-    return np.array_equal(times, stored.arrays["mtimes"])
+def _times_now(root: Path, stored: Stored) -> np.ndarray:
+    """When all directories were last changed; raises OSError if one is gone."""
+    return scan.mtimes_of(os.fsencode(root), stored.arrays["directories"])
 
 
 def _build(root: Path, index_dir: Path, progress: bool) -> Stored:

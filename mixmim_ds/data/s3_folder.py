@@ -92,16 +92,13 @@ def open_folder(root: str, index_dir: Path, progress: bool = False) -> Index | S
         listing = _list(root, progress)
     except OSError as error:
         raise s3.refusal(root, error) from error
-    store = Store(place_of(index_dir, os.fsencode(root)), partial(_wrap, root), partial(_unchanged, listing))
+    place = place_of(index_dir, os.fsencode(root))
+    store = Store(place, partial(_wrap, root), lambda _: listing.digest(), state="objects")
     return store.open(lambda: _build(root, listing, progress))
 
 
 def _wrap(root: str, stored: Stored) -> S3Index:
     return S3Index(root=root, **fields_of(stored))
-
-
-def _unchanged(listing: Listing, stored: Stored) -> bool:
-    return bool(listing.digest() == stored.meta["objects"])
 
 
 def _list(root: str, progress: bool) -> Listing:

@@ -79,8 +79,9 @@ def list_images(root: bytes, skip: bytes, progress: bool) -> Listing:
             images.append(np.array(found, "S"))
             others += len(files) - len(found)
             bar.update(len(found))
-    order = np.argsort(directories)  # another copy is listed in another order
-    return Listing(np.sort(np.concatenate(images)), others, np.array(directories)[order], np.array(mtimes)[order])
+    names = np.array(directories)
+    order = np.argsort(names)  # another copy is listed in another order
+    return Listing(np.sort(np.concatenate(images)), others, names[order], np.array(mtimes)[order])
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def open_shards(pattern: str, index_dir: Path, progress: bool = False) -> ShardI
     paths = [path if s3.is_s3(path) else os.path.abspath(path) for path in find_shards(pattern)]
     source = pattern if s3.is_s3(pattern) else Path(pattern).absolute()
     place = place_of(index_dir, b"shards of " + os.fsencode(source))
-    store = Store(place, _wrap, partial(_shards_unchanged, paths), times="states")
+    store = Store(place, _wrap, partial(_states_now, paths), state="states")
     return store.open(lambda: _build(pattern, paths, progress))
 
 
@@ -112,9 +112,9 @@ def _wrap(stored: Stored) -> ShardIndex:
     )
 
 
-def _shards_unchanged(paths: list[str], stored: Stored) -> bool:
-    """Whether they are the same shards with the sizes and times they had; raises OSError if one is gone."""
-    return paths == stored.meta["shards"] and np.array_equal(_states_of(paths), stored.arrays["states"])
+def _states_now(paths: list[str], stored: Stored) -> np.ndarray | None:
+    """As `_states_of`; None if they are not the shards that the index is of."""
+    return _states_of(paths) if paths == stored.meta["shards"] else None
 
 
 def _states_of(paths: list[str]) -> np.ndarray:

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -47,8 +47,8 @@ class Store(Generic[T]):
 
     place: Path
     wrap: Callable[[Stored], T]
-    unchanged: Callable[[Stored], bool]  # whether the source is as it was when the index was built
-    times: str = ""  # the array that tells copies of the same source apart, if one does
+    now: Callable[[Stored], Any]  # the state of the source
+    state: str  # the name, among arrays or meta, of what that was when the index was built; copies may differ in arrays
 
     def open(self, build: Callable[[], Stored]) -> T:
         """The index at its place, built there if none is or the source has changed since.
@@ -81,31 +81,33 @@ class Store(Generic[T]):
             meta = (self.place / "meta.json").read_bytes()
             stored = _read(self.place)
             index = self.wrap(stored)
-            unchanged = any(map(self.unchanged, self._copies(stored)))
+            now = self.now(stored)
+            unchanged = any(np.array_equal(now, state) for state in self._states(stored))
             # or else another builder has changed the place while it was read
             same = (self.place / "meta.json").read_bytes() == meta
         except (OSError, EOFError, ValueError, KeyError, TypeError):  # all that absent and damaged files lead to
             return None
         return index if unchanged and same else None
 
-    def _copies(self, stored: Stored) -> Iterator[Stored]:
-        """The index as it was built, and with the times of each copy that other nodes have found to be the same."""
-        yield stored
-        for file in sorted(self.place.glob(f"{self._added(stored)}*.npy")) if self.times else ():
+    def _states(self, stored: Stored) -> Iterator[Any]:
+        """That of the source when the index was built, and of each copy that other nodes have found to be the same."""
+        yield (stored.meta | stored.arrays)[self.state]
+        for file in sorted(self.place.glob(f"{self._added(stored)}*.npy")):
             with suppress(OSError, EOFError, ValueError):  # replaced meanwhile, or damaged: one of those to come may do
-                yield replace(stored, arrays=stored.arrays | {self.times: np.load(file)})
+                yield np.load(file)
 
     def _added(self, stored: Stored) -> str:
-        """How the names of added times begin; they are of no use to an index that has taken the place meanwhile."""
-        return f"{self.times}.{stored.meta['fingerprint'][:16]}."
+        """How the names of added states begin; they are of no use to an index that has taken the place meanwhile."""
+        return f"{self.state}.{stored.meta['fingerprint'][:16]}."
 
     def _share(self, scratch: Path) -> T | None:
-        """The index at its place, if scratch/index differs from it in nothing but the times, which are added to it."""
+        """The index at its place, if scratch/index differs from it in nothing but an array of the state, which is added
+        to it."""
         try:
             new, there = _read(scratch / "index"), _read(self.place)
-            kept = new.arrays.keys() - {self.times}
+            kept = new.arrays.keys() - {self.state}
             same = (np.array_equal(new.arrays[name], there.arrays[name]) for name in kept)
-            if not self.times or new.meta != there.meta or not all(same):
+            if new.meta != there.meta or not all(same):
                 return None
             index = self.wrap(there)
         except (OSError, EOFError, ValueError, KeyError, TypeError):  # as in `current`
@@ -113,7 +115,7 @@ class Store(Generic[T]):
         release(*there.arrays.values())
         added = self.place / f"{self._added(new)}{platform.node()}.npy"
         with suppress(OSError):  # of another user, or changed by another builder: the next start looks again
-            (scratch / "index" / f"{self.times}.npy").rename(added)
+            (scratch / "index" / f"{self.state}.npy").rename(added)
         return index
 
     def _install(self, scratch: Path) -> T:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,11 +128,13 @@ def test_an_index_that_is_replaced_while_it_is_read_is_not_used(
     open_index(root, index_dir)
     place = place_of(index_dir)
 
-    def replaced(*_: object) -> bool:
-        edit(place / "meta.json", fingerprint="another")
-        return True
+    times_now = index_module._times_now
 
-    monkeypatch.setattr(index_module, "_directories_unchanged", replaced)
+    def replaced(*arguments: Any) -> np.ndarray:
+        edit(place / "meta.json", fingerprint="another")
+        return times_now(*arguments)
+
+    monkeypatch.setattr(index_module, "_times_now", replaced)
     assert index_module._store(root.resolve(), index_dir).current() is None
 
 
