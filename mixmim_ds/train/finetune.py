@@ -83,7 +83,7 @@ def evaluate(config: FinetuneConfig) -> int:
             )
         normalise = normalise_of(encoder, world.device)
         try:
-            found = _score(config, world, val, encoder.to(world.device).eval(), normalise, {})
+            found = _score(config, world, val, encoder.to(world.device).eval(), normalise)
         except DataFailed as error:
             raise RankFailed(str(error)) from error
         if world.first:
@@ -185,7 +185,7 @@ def _scores_of(config: FinetuneConfig, world: World, val: Labelled) -> Callable[
 
 def _score(
     config: FinetuneConfig, world: World, val: Labelled, encoder: MixMIMTransformer, normalise: Normalise,
-    broken: dict[int, str],
+    broken: dict[int, str] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Of all images that can be decoded, shared out among the ranks; in half precision where the run is.
 

@@ -58,8 +58,7 @@ def probe(config: PretrainConfig, world: World) -> Callable[[Path], dict[str, fl
     Raises:
         ValueError: `probe.data` holds no labelled images.
     """
-    share = config.data.max_bad_share
-    data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir, max_bad_share=share)
+    data = LabelledDataConfig(root=config.probe.data, index_dir=config.data.index_dir)
     learn, judge_by = find_labelled(data, world, "probe.data")
     encoder = build_model(config.model).encoder
     encoder.pretrained_cfg |= {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
