@@ -1,15 +1,15 @@
 """What timm does to training images here: the same for any number of processes, and what timm's own script does."""
 
-import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from threading import Event
 
 import numpy as np
 import pytest
 import torch
+from forks import goes_with_its_parent
 from PIL import Image
 from timm.data import Mixup, create_transform
 
@@ -65,29 +65,16 @@ def test_what_fails_in_a_worker_is_one_sentence() -> None:
 
 
 def test_the_processes_leave_stops_to_their_parent_and_go_with_it() -> None:
-    """A child that is killed; its pool's process holds the other end of the pipe as long as it lives."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-
-    def use() -> None:
+    def use(tell: Callable[[int], object]) -> None:
         pool = RandAugmentPool(WORDS, 64, MEAN, 1)
         (worker,) = pool.pool._processes
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(worker, number)
         pool(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), np.zeros(2, np.uint64))
-        theirs.send(worker)
+        tell(worker)
         signal.pause()
 
-    parent = fork.Process(target=use)
-    parent.start()
-    theirs.close()
-    worker = ours.recv()
-    parent.kill()
-    parent.join()
-    gone = ours.poll(30)
-    if not gone:
-        os.kill(worker, signal.SIGKILL)
-    assert gone, "it has gone with its parent"
+    assert goes_with_its_parent(use)
 
 
 def test_a_batch_is_mixed_as_timm_mixes_it_by_its_seed_alone() -> None:

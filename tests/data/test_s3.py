@@ -1,6 +1,5 @@
 """S3, here a server on loopback that speaks its protocol: the same images, rows and pixels as from a disk."""
 
-import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from botocore.response import StreamingBody
 from buckets import BreakingServer, endpoint_of, forbid, serve
+from forks import in_fork
 from launching import typed
 from loading import CPU, assert_same, global_batches, loaders_of, read
 from tars import picture, write_tar
@@ -73,20 +73,16 @@ def test_an_object_is_read_as_a_file(bucket: str, client: Any) -> None:
 
 def test_a_forked_process_has_a_client_of_its_own(bucket: str, client: Any) -> None:
     """Connections that it shared with its parent would give each the other's answers."""
-    address, fork = f"s3://{bucket}/forked", multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
+    address = f"s3://{bucket}/forked"
     client.put_object(Bucket=bucket, Key="forked", Body=b"0")
     with s3._client_for(address) as own:
         assert s3.read(address) == b"0"
 
-    def use() -> None:
+    def use() -> tuple[bytes, bool]:
         with s3._client_for(address) as other:
-            theirs.send((s3.read(address), other is own))
+            return s3.read(address), other is own
 
-    process = fork.Process(target=use)
-    process.start()
-    assert ours.poll(60) and ours.recv() == (b"0", False)
-    process.join()
+    assert in_fork(use) == (b"0", False)
 
 
 @pytest.mark.parametrize("way", ["cut off", "silent", "TLS"])

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import in_fork
 from tars import picture, write_tar
 
 from mixmim_ds.data import shards as shards_module
@@ -99,12 +99,7 @@ def test_a_forked_process_opens_images(shards: str, index_dir: Path) -> None:
     """As torchvision's DataLoader forks its workers: the threads that read for the parent are not there."""
     index = open_shards(shards, index_dir)
     assert index.give(np.array([0]))[0].tobytes() == picture(41)
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=lambda: theirs.send_bytes(index.open(2).read()))
-    process.start()
-    assert ours.poll(60) and ours.recv_bytes() == picture(43)
-    process.join()
+    assert in_fork(lambda: index.open(2).read()) == picture(43)
 
 
 def test_classes_of_words_are_sorted(tmp_path: Path, index_dir: Path) -> None:

@@ -1,11 +1,11 @@
 """What ranks make of each other: who they are, how they part, and how one that fails or differs is told of."""
 
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forks import FORK, goes_with_its_parent
 from launching import free_port, tasks
 
 from mixmim_ds.compose import load_config
@@ -122,33 +123,21 @@ def test_without_a_rank_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_rank_goes_with_what_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with `torchrun` when it is killed. The rank holds the other end of the pipe as long as it lives."""
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
+    """As with `torchrun` when it is killed."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (place | {"MASTER_PORT": str(free_port())}).items():
         monkeypatch.setenv(name, value)
 
-    def rank() -> None:
-        connect(60)
-        theirs.send(os.getpid())
+    def launch(tell: Callable[[int], object]) -> None:
+        def rank() -> None:
+            connect(60)
+            tell(os.getpid())
+            signal.pause()
+
+        FORK.Process(target=rank).start()
         signal.pause()
 
-    def launch() -> None:
-        fork.Process(target=rank).start()
-        signal.pause()
-
-    launcher = fork.Process(target=launch)
-    launcher.start()
-    theirs.close()
-    assert ours.poll(60)
-    pid = ours.recv()
-    launcher.kill()
-    launcher.join()
-    gone = ours.poll(30)
-    if not gone:
-        os.kill(pid, signal.SIGKILL)
-    assert gone
+    assert goes_with_its_parent(launch)
 
 
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
